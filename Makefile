@@ -1,0 +1,54 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export TF_CPP_MIN_LOG_LEVEL ?= 2
+
+.PHONY: setup demo test test-jax test-torch test-all lint format bench docs clean
+
+setup: $(STAMP)
+
+$(STAMP): setup.cfg pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/keras-compress demo
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow"
+
+test-jax: setup
+	$(BIN)/python -m pip install --quiet -e '.[dev,jax]'
+	KERAS_BACKEND=jax $(BIN)/python -m pytest -m "not slow"
+
+test-torch: setup
+	$(BIN)/python -m pip install --quiet -e '.[dev,torch]'
+	KERAS_BACKEND=torch $(BIN)/python -m pytest -m "not slow"
+
+test-all: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	@set -e; for script in benchmarks/*.py; do \
+		test -e "$$script" || continue; \
+		echo "== $$script"; \
+		$(BIN)/python "$$script"; \
+	done
+
+docs: setup
+	$(BIN)/python -m pip install --quiet -e '.[dev,docs]'
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf build dist site .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find . -path './.venv' -prune -o -name __pycache__ -type d -print | xargs rm -rf

@@ -1,0 +1,177 @@
+"""The base of all algorithms, and the keys that several of them share."""
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+from keras_compress import scopes
+from keras_compress.options import (
+    ConfigError,
+    Flag,
+    KeyStatus,
+    Options,
+    Path,
+    dotted,
+    integer,
+    option,
+)
+from keras_compress.scopes import Scopes
+
+
+class ScopedOptions(Options):
+    """Keys that choose the nodes something applies to."""
+
+    ignored_scopes: Scopes | None = option(None, "Nodes to leave alone.")
+    target_scopes: Scopes | None = option(None, "The only nodes to touch; all when not given.")
+
+    def selects(self, name: str) -> bool:
+        """Says whether a node is chosen: matched by the targets, if any, and not ignored.
+
+        `selects(n) == (target_scopes is None or n in target_scopes) and n not in ignored_scopes`
+        """
+        if self.ignored_scopes is not None and scopes.matches(self.ignored_scopes, name):
+            return False
+        return self.target_scopes is None or scopes.matches(self.target_scopes, name)
+
+    def scope_lists(self, prefix: str = "") -> Iterator[tuple[str, tuple[str, ...]]]:
+        """Yields `(where it was written, entries)` for every scope key that was given."""
+        for name in ("ignored_scopes", "target_scopes"):
+            if getattr(self, name) is not None:
+                yield prefix + name, getattr(self, name)
+
+
+class ValidatedScopes(ScopedOptions):
+    """Scope keys whose entries must match something."""
+
+    validate_scopes: Flag = option(True, "Whether an entry that matches nothing is an error.")
+
+
+class BatchnormAdaptation(Options):
+    """How batch normalization statistics are computed anew for the compressed model."""
+
+    num_bn_adaptation_samples: integer(0) = option(
+        2000, "Samples to run, rounded to whole batches; 0 leaves the statistics as they are."
+    )
+
+
+class Initializer(Options):
+    """What happens once, right after an algorithm has been applied."""
+
+    batchnorm_adaptation: BatchnormAdaptation = option(
+        BatchnormAdaptation(), "Computes batch normalization statistics anew."
+    )
+
+
+class Algorithm(ValidatedScopes):
+    """One way of compressing a model: its options, and what it does with a model.
+
+    A subclass names itself and is known to `Config` from then on. It overrides any of `plan`,
+    `start` and `update`; none knows of other algorithms.
+
+    Class attributes:
+        name: What the key `algorithm` says in a configuration.
+        aliases: Other names that mean the same.
+        built: False while the options are understood but nothing acts on them.
+        adjustable: Whether it has a rate that accuracy-aware training can raise and lower.
+        registry: Every algorithm by name and alias.
+
+    Example:
+    >>> class Rounding(Algorithm):
+    ...     name = "rounding"
+    >>> Algorithm.registry["rounding"] is Rounding
+    True
+    >>> del Algorithm.registry["rounding"]
+    """
+
+    name: ClassVar[str] = ""
+    aliases: ClassVar[tuple[str, ...]] = ()
+    built: ClassVar[bool] = True
+    adjustable: ClassVar[bool] = False
+    registry: ClassVar[dict[str, type["Algorithm"]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if "name" not in cls.__dict__:
+            return
+        for name in (cls.name, *cls.aliases):
+            known = Algorithm.registry.get(name, cls)
+            # The same class defined again (a notebook cell run twice) replaces itself.
+            if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise ValueError(
+                    f"Expected an algorithm name that is not taken by {known.__qualname__}. "
+                    f"Received: name={name!r} on {cls.__qualname__}"
+                )
+            Algorithm.registry[name] = cls
+
+    @property
+    def samples_needed(self) -> int:
+        """How many samples `start` would like to see."""
+        return 0
+
+    @property
+    def adaptation_samples(self) -> int:
+        """How many samples batch normalization adapts to after `start`."""
+        return 0
+
+    def plan(self, graph: Any, config: Any, with_data: bool) -> Any:
+        """Returns the `Plan`: what goes where on the graph. Required of a built algorithm."""
+        raise NotImplementedError(f"{type(self).__name__} must say what it does: override `plan`.")
+
+    def start(self, model: Any, batches: Any) -> None:
+        """Prepares the compressed model before training.
+
+        Args:
+            model: The compressed model.
+            batches: Iterable of flat lists of input arrays, or None without data.
+        """
+
+    def update(self, model: Any, step: int) -> bool:
+        """Moves along with training, `step` being `optimizer.iterations`.
+
+        Returns whether it wants to be called after the next step too.
+        """
+        return False
+
+    def finish(self, model: Any) -> None:
+        """Called at the end of training while `update` still asked for more."""
+
+    def statistics(self, model: Any) -> dict[str, float]:
+        """Returns figures about the model for the epoch's logs."""
+        return {}
+
+    @property
+    def written(self) -> bool:
+        """True: the key `algorithm` is always there."""
+        return True
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the algorithm's entry under `compression`."""
+        return {"algorithm": self.name, **super().to_dict()}
+
+    def key_statuses(self, path: Path = (), parent: KeyStatus | None = None) -> Iterator[KeyStatus]:
+        """Yields the status of every key; all are refused while the algorithm is not built."""
+        if parent is None and not self.built:
+            reason = f"not built yet: {self.name} is planned for a later release"
+            parent = KeyStatus("", "refused", reason)
+        status = parent or KeyStatus("", "honoured")
+        yield KeyStatus(dotted((*path, "algorithm")), status.status, status.reason)
+        yield from super().key_statuses(path, parent)
+
+
+def check_scopes(entries: Any, names: Any) -> None:
+    """Checks several scope keys against the node names and raises one error for all.
+
+    Args:
+        entries: Pairs `(where it was written, scope entries)`.
+        names: The node names they may match.
+
+    Raises:
+        ConfigError: If an entry matches nothing.
+    """
+    problems, names = [], list(names)
+    for what, patterns in entries:
+        try:
+            scopes.check(patterns, names, what)
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)

@@ -1,0 +1,207 @@
+"""Which weights and edges quantization takes, and why the rest stays float."""
+
+import functools
+
+import keras
+
+from keras_compress.graph.flops import flops, total_flops
+from keras_compress.graph.placement import QuantizedEdge, folded_into, quantized_edges
+from keras_compress.graph.walk import SEPARATOR, Role
+from keras_compress.layers import LAYERS, layer_spec
+from keras_compress.plan import EdgeEntry, Plan, Untouched, WeightEntry
+from keras_compress.quantizers import AsymmetricQuantizer, SymmetricQuantizer
+
+FAKE_QUANTIZE = f"{SEPARATOR}fake_quantize"  # ends the name of an edge's quantizer layer
+DEPTHWISE = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
+
+
+def quantization_plan(options, graph, config, with_data):
+    """Return the `Plan` of a `Quantization` for a graph.
+
+    Args:
+        options: the `Quantization`.
+        graph: the `Graph`.
+        config: the whole `Config` (target device, learning-rate multiplier).
+        with_data: whether calibration data is at hand.
+    """
+    first_layers = _first_layers(graph)
+    groups = _edge_groups(options, graph)
+    common = _common_arguments(options, config)
+    weights = tuple(
+        _weight_entry(options, config, node, weight, node.name in first_layers, common)
+        for node in graph.layer_nodes().values()
+        if node.role is Role.WEIGHTED and options.selects_weight(node.name)
+        for weight in layer_spec(node.op).weights
+    )
+    edges = tuple(_edge_entry(options, group, common) for group in groups)
+    options.check_scopes(
+        [node.name for node in graph.nodes if node.role is Role.WEIGHTED],
+        [edge.name for edge in graph.edges] + [node.name for node in graph.nodes],
+    )
+    source = (
+        "the calibration data"
+        if with_data
+        else "the calibration data if `data=` is given, else from the first training batches"
+    )
+    return Plan(
+        graph.name,
+        weights=weights,
+        edges=edges,
+        untouched=_untouched(options, graph, groups),
+        notes=(f"Weight ranges come from the weights, activation ranges from {source}.",),
+    )
+
+
+def _common_arguments(options, config):
+    multiplier = options.compression_lr_multiplier
+    if multiplier is None:
+        multiplier = config.compression_lr_multiplier
+    return {
+        "learnable": options.learn_ranges,
+        "gradient_scale": options.gradient_scale,
+        "lr_multiplier": 1.0 if multiplier is None else multiplier,
+    }
+
+
+def _weight_entry(options, config, node, weight, is_first, common):
+    spec = options.weight_spec(node.name)
+    half_range = spec.mode == "symmetric" and options.overflow_fix_applies(
+        config.target_device, spec.bits, is_first
+    )
+    axis = layer_spec(node.op).channel_axes(node.op, weight) if spec.per_channel else None
+    narrow = {"half_range": True} if half_range else {"narrow_range": True}
+    kind = SymmetricQuantizer
+    if spec.mode == "asymmetric":
+        kind, narrow = AsymmetricQuantizer, {}
+    # A forced `signed` of false is for activations; weights of both signs overrule it anyway.
+    arguments = {"bits": spec.bits, "axis": axis, "signed": spec.signed, **narrow, **common}
+    if spec.mode == "symmetric" and spec.signed is None:
+        arguments["signed"] = True
+    text = f"{spec.bits} bits {spec.mode} {'per channel' if axis else 'per tensor'}"
+    text += " (7-bit levels)" if half_range else ""
+    make = functools.partial(kind, **arguments)
+    return WeightEntry(node.name, weight, (make,), text)
+
+
+def _edge_entry(options, group, common):
+    edge = group.edges[0]
+    spec = options.activation_spec(edge.name)
+    axis = None
+    if spec.per_channel and all(
+        isinstance(node.op, DEPTHWISE) for node, _ in group.readers if node
+    ):
+        axis = (-1,) if keras.config.image_data_format() == "channels_last" else (-3,)
+    kind = AsymmetricQuantizer if spec.mode == "asymmetric" else SymmetricQuantizer
+    arguments = {"bits": spec.bits, "axis": axis, "signed": spec.signed, **common}
+    text = f"{spec.bits} bits {spec.mode} {'per channel' if axis else 'per tensor'}"
+    name = edge.name.replace(":", "_") + FAKE_QUANTIZE
+    return EdgeEntry(name, group, functools.partial(kind, **arguments), text)
+
+
+def _edge_groups(options, graph):
+    """Place the activation quantizers, minus what scopes and `quantize_inputs` exclude."""
+
+    def wanted(node):
+        if node.role is Role.WEIGHTED:
+            return options.selects_weight(node.name)
+        return options.selects(node.name)
+
+    raw_inputs = set() if options.quantize_inputs else _input_edges(graph)
+    groups = [
+        group
+        for group in quantized_edges(graph, wanted, outputs=options.quantize_outputs)
+        if not any(edge in raw_inputs for edge in group.edges)
+        and all(options.activations.selects(edge.name) for edge in group.edges)
+    ]
+    for names in options.activations.unified_scale_ops or ():
+        groups = _join(groups, names)
+    return groups
+
+
+def _join(groups, names):
+    """Merge the groups read by the named nodes into one, at the place of the first."""
+    chosen = [g for g in groups if any(node and node.name in names for node, _ in g.readers)]
+    if len(chosen) < 2:
+        return groups
+    joined = QuantizedEdge(
+        tuple(edge for group in chosen for edge in group.edges),
+        frozenset().union(*(group.readers for group in chosen)),
+    )
+    return [joined if g is chosen[0] else g for g in groups if g not in chosen[1:]]
+
+
+def _input_edges(graph):
+    """Edges that carry a model input, moved or preprocessed in float but not yet computed with."""
+    carried = set(graph.inputs)
+    for node in graph.nodes:
+        passes = node.role in (Role.MOVEMENT, Role.FLOAT) and not node.reason
+        if passes and node.inputs and all(edge in carried for edge in node.inputs):
+            carried.update(node.outputs)
+    return carried
+
+
+def _first_layers(graph):
+    """Names of the weighted layers with no weighted layer before them."""
+    behind = set()  # edges that depend on a weighted layer
+    first = set()
+    for node in graph.nodes:
+        depends = any(edge in behind for edge in node.inputs)
+        if node.role is Role.WEIGHTED and not depends:
+            first.add(node.name)
+        if depends or node.role is Role.WEIGHTED:
+            behind.update(node.outputs)
+    return first
+
+
+def _untouched(options, graph, groups):
+    """List what stays float, with the reason and its share of the model's FLOPs."""
+    readers = {pair for group in groups for pair in group.readers}
+    total = max(total_flops(graph), 1)
+    entries = {}
+    for node in graph.nodes:
+        reason = _why_float(options, node, readers)
+        if reason:
+            count = flops(node)
+            before = entries[node.name].flops if node.name in entries else 0
+            entries[node.name] = Untouched(
+                node.name, type(node.op).__name__, reason, before + count, (before + count) / total
+            )
+    return tuple(sorted(entries.values(), key=lambda entry: -entry.flops))
+
+
+def _why_float(options, node, readers):
+    """Return why a node's arithmetic stays float, or an empty string where nothing is left."""
+    if node.reason:
+        return node.reason
+    role = node.role
+    if role in (Role.MOVEMENT, Role.FAKE_QUANTIZE) or folded_into(node) is not None:
+        return ""
+    if role is Role.FLOAT:
+        return _why_unsupported(node.op)
+    if not options.selects(node.name):
+        return "excluded by the scopes of the configuration"
+    if role is Role.WEIGHTED and not options.weights.selects(node.name):
+        return "excluded by the scopes of `weights`"
+    takes_floats = layer_spec(node.op).float_input if role is Role.WEIGHTED else True
+    if role is Role.WEIGHTED and takes_floats:
+        if not any((node, edge) in readers for edge in node.inputs):
+            produced = [edge for edge in node.inputs if _is_rounded_before(edge, readers)]
+            return "" if produced else "its input is not quantized"
+    return ""
+
+
+def _is_rounded_before(edge, readers):
+    """Whether an edge arrives through data movement from a rounded one."""
+    node = edge.producer
+    return node is not None and any(
+        (node, source) in readers or _is_rounded_before(source, readers)
+        for source in node.inputs
+        if node.role is Role.MOVEMENT
+    )
+
+
+def _why_unsupported(op):
+    parent = next((base for base in type(op).__mro__[1:] if base in LAYERS), None)
+    if parent is not None:
+        return f"a subclass of {parent.__name__}: its `call` may do something else"
+    return f"no integer form of {type(op).__name__} is known"

@@ -1,0 +1,115 @@
+"""Callbacks that move compression along with `model.fit`."""
+
+import math
+import pathlib
+
+import keras
+
+from keras_compress.compress import quantizers_of
+
+
+class Compress(keras.callbacks.Callback):
+    """Moves every algorithm of a compressed model along with the optimizer's step.
+
+    It reads its configuration from the model, so it takes no arguments. The clock is
+    `optimizer.iterations`, which survives saving and resuming.
+
+    While an algorithm still reads the first training batches (activation ranges of a model that
+    was compressed without `data`), training runs eagerly; the compiled step takes over afterwards.
+
+    Raises:
+        ValueError: if the model is not a compressed one.
+    """
+
+    def set_model(self, model):
+        super().set_model(model)
+        algorithms = getattr(getattr(model, "config", None), "algorithms", None)
+        if algorithms is None:
+            raise ValueError(
+                "Expected a model made by `keras_compress.compress_model`. "
+                f"Received: model '{model.name}' (of type {type(model).__name__})"
+            )
+        self._moving = [algorithm for algorithm in algorithms if algorithm.built]
+        self._eager_by_user = model.run_eagerly
+        # Before `fit` makes its training step: what observes must be in it from the first batch.
+        self._step(model)
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self._moving:
+            self._step(self.model)
+
+    def on_train_end(self, logs=None):
+        for algorithm in self._moving:
+            algorithm.finish(self.model)
+        self._run_eagerly(self.model, self._eager_by_user)
+
+    def _step(self, model):
+        step = int(keras.ops.convert_to_numpy(model.optimizer.iterations))
+        self._moving = [algorithm for algorithm in self._moving if algorithm.update(model, step)]
+        observing = any(quantizer.observer is not None for quantizer in quantizers_of(model))
+        self._run_eagerly(model, self._eager_by_user or observing)
+
+    def _run_eagerly(self, model, eager):
+        """Switch between the eager and the compiled training step; a switch retraces it."""
+        if model.run_eagerly != eager:
+            model.run_eagerly = eager
+            model.make_train_function(force=True)
+
+
+class ExportIR(keras.callbacks.Callback):
+    """Exports the best epoch's model to OpenVINO IR.
+
+    Args:
+        path: where the `.xml` goes; the `.bin` and the verification report go beside it.
+        monitor: name of the logged quantity that decides, e.g. `"val_accuracy"`.
+        mode: `"max"`, `"min"` or `"auto"` (`min` for losses and errors, `max` otherwise).
+        verify: whether the last exported IR is compared with the trained model at the end.
+
+    Raises:
+        ValueError: unknown mode, or the monitored quantity is not logged.
+    """
+
+    def __init__(self, path, monitor="val_loss", mode="auto", verify=True):
+        super().__init__()
+        if mode not in ("auto", "min", "max"):
+            raise ValueError(f"Expected mode 'auto', 'min' or 'max'. Received: mode={mode!r}")
+        self.path = pathlib.Path(path)
+        self.monitor = monitor
+        self.mode = mode
+        self.verify = verify
+        self.best = None
+
+    def on_epoch_end(self, epoch, logs=None):
+        from keras_compress.export import export
+
+        logs = logs or {}
+        if self.monitor not in logs:
+            raise ValueError(
+                f"ExportIR monitors '{self.monitor}', which is not logged. "
+                f"Expected one of {sorted(logs)}. Received: monitor={self.monitor!r}"
+            )
+        value = float(logs[self.monitor])
+        if math.isfinite(value) and (self.best is None or self._is_better(value)):
+            self.best = value
+            export(self.model, self.path, verify=self.verify)
+
+    def _is_better(self, value):
+        lower = self.monitor.endswith(("loss", "error"))
+        down = lower if self.mode == "auto" else self.mode == "min"
+        return value < self.best if down else value > self.best
+
+
+class Statistics(keras.callbacks.Callback):
+    """Adds compression figures to the epoch's logs, so that `History` and TensorBoard show them.
+
+    Place it before `TensorBoard` and `CSVLogger` in the list of callbacks. Keys start with
+    `compression/`.
+    """
+
+    def on_epoch_end(self, epoch, logs=None):
+        if logs is None:
+            return
+        for algorithm in self.model.config.algorithms:
+            if algorithm.built:
+                for key, value in algorithm.statistics(self.model).items():
+                    logs[f"compression/{key}"] = float(value)

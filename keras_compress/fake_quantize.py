@@ -1,0 +1,293 @@
+"""Arithmetic of fake quantization: the rounded tensor and its exact gradients, on each backend.
+
+A *grid* has `levels` values `step * code` with whole codes, zero among them:
+
+    step = (high - low) / (levels - 1)          zero_point = round(-low / step)
+    low, high <- -zero_point * step, (levels - 1 - zero_point) * step
+    y = step * (floor((clip(x, low, high) - low) / step + 1/2) - zero_point)
+
+This is the arithmetic of TensorFlow's `fake_quant_with_min_max_vars`, ties included, so that a
+model trained on any backend lands on the numbers that the exported operation gives.
+
+For an incoming gradient g, with `inside`, `below` and `above` telling where x lies:
+
+    dx      = g * inside
+    d low   = sum g * (below + above)
+    d range = sum g * ((y - x) / range * inside + level_low / level_high * below + above)
+
+Each sum runs over the elements that share one range value. A *parametrization* (`Symmetric`,
+`Asymmetric`) says how trained parameters give low and high, and how three sums give their
+gradients:
+
+    rounding = sum g * (y - clip(x))        below = sum g * below        above = sum g * above
+
+One function per backend joins the two: `fake_quantize(x, parameters, parametrization)`.
+"""
+
+import functools
+from typing import NamedTuple
+
+import keras
+from keras import ops
+
+EPSILON = 1e-16  # keeps a trained scale or range of exactly zero from dividing by zero
+
+
+class RangeTraining(NamedTuple):
+    """How the parameters of a range are trained.
+
+    Attributes:
+        learnable: False leaves out their gradient.
+        multiplier: factor on their gradient.
+        lsq: whether to multiply it also by `1 / sqrt(n * level_high)`, n being the number of
+            elements that share a range value (Esser et al., arXiv:1902.08153, section 2.2).
+    """
+
+    learnable: bool = True
+    multiplier: float = 1.0
+    lsq: bool = False
+
+    def scaled(self, gradients, parametrization, x):
+        """Return the gradients of the parameters times their factor."""
+        if not self.lsq:
+            factor = self.multiplier
+        else:
+            elements = ops.cast(ops.size(x), "float32") / ops.cast(ops.size(gradients[0]), "float32")
+            factor = self.multiplier * ops.rsqrt(elements * float(parametrization.level_high))
+        return tuple(gradient * factor for gradient in gradients)
+
+
+class Symmetric(NamedTuple):
+    """Range around zero with one trained parameter, `scale`, the value of the highest level.
+
+    Formulas, with `s = |scale| + eps`:
+
+        low = s * level_low / level_high          high = s
+
+    The gradient of the scale is `d range` of the module's formulas, with `range = s - low`.
+    """
+
+    level_low: int
+    level_high: int
+
+    @property
+    def levels(self):
+        return self.level_high - self.level_low + 1
+
+    @property
+    def ratio(self):
+        return self.level_low / self.level_high
+
+    def bounds(self, scale):
+        """Return (low, high)."""
+        high = ops.abs(scale) + EPSILON
+        return high * self.ratio, high
+
+    def gradients(self, parameters, rounding, below, above):
+        """Return the gradient of each parameter, from the three sums."""
+        (scale,) = parameters
+        low, high = self.bounds(scale)
+        gradient = rounding / (high - low) + above
+        if self.level_low:
+            gradient = gradient + self.ratio * below
+        return (gradient * _sign(scale),)
+
+
+class Asymmetric(NamedTuple):
+    """Range with two trained parameters, its lower end `low` and its length `range`.
+
+    The range is first widened to hold zero, then to have zero on its grid: of the two ranges that
+    move one end only, the wider (`TuneRange`). Gradients pass straight through both steps.
+    """
+
+    level_high: int
+
+    @property
+    def levels(self):
+        return self.level_high + 1
+
+    def bounds(self, low, range):
+        """Return (low, high) with zero on the grid."""
+        n = float(self.level_high)
+        high = ops.maximum(low + ops.abs(range) + EPSILON, 0.0)
+        low = ops.minimum(low, 0.0)
+        zero_point = ops.round(-low * n / (high - low))
+        is_first, is_last = zero_point <= 0.0, zero_point >= n
+        # The divisors are made safe first: the branch not taken must not be a NaN either.
+        below = ops.where(is_last, -1.0, zero_point - n)
+        above = ops.where(is_first, 1.0, zero_point)
+        other_low = ops.where(is_last, low, zero_point / below * high)
+        other_high = ops.where(is_first, high, (zero_point - n) / above * low)
+        low_moves = high - other_low > other_high - low
+        return ops.where(low_moves, other_low, low), ops.where(low_moves, high, other_high)
+
+    def gradients(self, parameters, rounding, below, above):
+        """Return the gradient of each parameter, from the three sums."""
+        low, high = self.bounds(*parameters)
+        return below + above, (rounding / (high - low) + above) * _sign(parameters[1])
+
+
+def _sign(x):
+    """Sign of a tensor, with +1 at zero: a parameter must be able to leave zero."""
+    return ops.where(x < 0, -1.0, 1.0)
+
+
+def fake_quantize(x, parameters, parametrization, training=RangeTraining()):
+    """Round a float32 tensor to its grid, with the gradients of the module's docstring.
+
+    Args:
+        x: float32 tensor.
+        parameters: tuple of float32 tensors, all of shape `()` or of one shape that broadcasts
+            with x: the size of x on the axes kept, 1 elsewhere.
+        parametrization: `Symmetric` or `Asymmetric`.
+        training: `RangeTraining`.
+
+    Returns:
+        Tensor shaped as x.
+    """
+    implementation = _IMPLEMENTATIONS[keras.backend.backend()]()
+    return implementation(x, tuple(parameters), parametrization, training)
+
+
+def nudged_range(parameters, parametrization):
+    """Return (low, high, step) of the grid exactly as `fake_quantize` uses it, as tensors."""
+    low, high, step, _ = _grid(*parametrization.bounds(*parameters), parametrization.levels)
+    return low, high, step
+
+
+def _grid(low, high, levels):
+    step = (high - low) / (levels - 1)
+    zero_point = ops.floor(-low / step + 0.5)
+    return -zero_point * step, (levels - 1 - zero_point) * step, step, zero_point
+
+
+def _round(x, low, high, step, zero_point):
+    codes = ops.floor((ops.clip(x, low, high) - low) * (1.0 / step) - zero_point + 0.5)
+    return codes * step
+
+
+def _backward(g, x, parameters, parametrization, training):
+    """Gradients from whole-array operations: the reference way, used by JAX and torch."""
+    grid = _grid(*parametrization.bounds(*parameters), parametrization.levels)
+    low, high = grid[:2]
+    is_below, is_above = x < low, x > high
+    dx = ops.where(ops.logical_or(is_below, is_above), 0.0, g)
+    if not training.learnable:
+        return dx, None
+    kept_shape = tuple(parameters[0].shape)
+    axes = [i for i, size in enumerate(kept_shape) if size == 1] if kept_shape else None
+
+    def total(values):
+        return ops.reshape(ops.sum(values, axis=axes, keepdims=True), kept_shape)
+
+    rounding = total(dx * (_round(x, *grid) - x))
+    below, above = (total(ops.where(where, g, 0.0)) for where in (is_below, is_above))
+    gradients = parametrization.gradients(parameters, rounding, below, above)
+    return dx, training.scaled(gradients, parametrization, x)
+
+
+def _forward(x, parameters, parametrization):
+    return _round(x, *_grid(*parametrization.bounds(*parameters), parametrization.levels))
+
+
+@functools.cache
+def _jax():
+    import jax
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+    def quantize(x, parameters, parametrization, training):
+        return _forward(x, parameters, parametrization)
+
+    def forward(x, parameters, parametrization, training):
+        return quantize(x, parameters, parametrization, training), (x, parameters)
+
+    def backward(parametrization, training, saved, g):
+        x, parameters = saved
+        dx, gradients = _backward(g, x, parameters, parametrization, training)
+        return dx, gradients or tuple(map(jax.numpy.zeros_like, parameters))
+
+    quantize.defvjp(forward, backward)
+    return quantize
+
+
+@functools.cache
+def _torch():
+    import torch
+
+    class Quantize(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, parametrization, training, *parameters):
+            ctx.save_for_backward(x, *parameters)
+            ctx.static = parametrization, training
+            return _forward(x, parameters, parametrization)
+
+        @staticmethod
+        def backward(ctx, g):
+            x, *parameters = ctx.saved_tensors
+            dx, gradients = _backward(g, x, parameters, *ctx.static)
+            return dx, None, None, *(gradients or [None] * len(parameters))
+
+    def quantize(x, parameters, parametrization, training):
+        return Quantize.apply(x, parametrization, training, *parameters)
+
+    return quantize
+
+
+@functools.cache
+def _tensorflow():
+    import tensorflow as tf
+
+    def quantize(x, parameters, parametrization, training):
+        @tf.custom_gradient
+        def apply(x, *parameters):
+            def backward(g):
+                dx, gradients = _backward(g, x, parameters, parametrization, training)
+                return dx, *(gradients or [None] * len(parameters))
+
+            return _tensorflow_forward(tf, x, parameters, parametrization), backward
+
+        # Read variables here: inside, `custom_gradient` would ask for their gradient apart.
+        return apply(*map(tf.convert_to_tensor, (x, *parameters)))
+
+    return quantize
+
+
+def _tensorflow_forward(tf, x, parameters, parametrization):
+    """TensorFlow's own operation, the one that converters know."""
+    low, high = parametrization.bounds(*parameters)
+    levels = parametrization.levels
+    grid = {"num_bits": levels.bit_length() - (levels & (levels - 1) == 0)}
+    grid["narrow_range"] = levels < 2 ** grid["num_bits"]
+    kept = [i for i, size in enumerate(low.shape) if size != 1]
+    if not kept:
+        low, high = tf.reshape(low, ()), tf.reshape(high, ())
+        return tf.quantization.fake_quant_with_min_max_vars(x, low, high, **grid)
+    low, high = tf.reshape(low, (-1,)), tf.reshape(high, (-1,))
+    rest = [i for i in range(len(x.shape)) if i not in kept]
+    order = rest + kept
+    moved = x if order == sorted(order) else tf.transpose(x, order)
+    y = tf.quantization.fake_quant_with_min_max_vars_per_channel(
+        tf.reshape(moved, (-1, low.shape[0])), low, high, **grid
+    )
+    y = tf.reshape(y, tf.shape(moved))
+    if moved is not x:
+        y = tf.transpose(y, [order.index(i) for i in range(len(order))])
+    return tf.ensure_shape(y, x.shape)
+
+
+def observe(x, update):
+    """Hand a tensor to a Python function as a NumPy array, whenever the computation runs."""
+    backend = keras.backend.backend()
+    if backend == "jax":
+        import jax
+
+        jax.debug.callback(update, x)
+    elif backend == "tensorflow" and not hasattr(x, "numpy"):
+        import tensorflow as tf
+
+        tf.numpy_function(update, [x], [], stateful=True)
+    else:
+        update(ops.convert_to_numpy(x))
+
+
+_IMPLEMENTATIONS = {"jax": _jax, "tensorflow": _tensorflow, "torch": _torch}

@@ -1,0 +1,162 @@
+"""Where activation quantizers go: which edges are rounded, and which of them share one scale.
+
+The rules, in the order in which they are applied:
+
+1. Every input of an operation that can run in integers wants an integer edge.
+2. An operation that folds into the one before it (batch normalization and activations after a
+   convolution, activations after an addition) wants none: the pair is one operation at run time.
+3. A want moves up through operations that only move data, as long as everything that reads the
+   moved tensor wants integers too.
+4. One quantizer per tensor; everything that wants integers reads the rounded tensor.
+5. Tensors that meet in a concatenation share one quantizer, so that it stays data movement.
+"""
+
+import dataclasses
+
+import keras
+
+from keras_compress.graph.walk import Role
+from keras_compress.layers import layer_spec
+
+# Element-wise functions that an integer runtime evaluates in float when nothing is before them
+# to fuse with; a plain ReLU is a clip and costs nothing either way.
+CLIPS = ("ReLU", "Relu", "Relu6")
+TWO_OPERANDS = ("Add", "Subtract", "Multiply", "Maximum", "Minimum", "Matmul")
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedEdge:
+    """A group of edges that share one quantizer, with the (node, edge) pairs that read it.
+
+    The reader of a model output is the pair (None, edge).
+    """
+
+    edges: tuple
+    readers: frozenset
+
+
+def quantized_edges(graph, wanted, outputs=False):
+    """Choose the edges to round.
+
+    Args:
+        graph: the `Graph`.
+        wanted: function `node -> bool`: whether a weighted node is to run in integers.
+        outputs: whether the model's outputs are rounded too.
+
+    Returns:
+        List of `QuantizedEdge` in order of production.
+    """
+    wants = _wants(graph, wanted)
+    if outputs:
+        wants |= {(None, edge) for edge in graph.outputs if _is_float_tensor(edge)}
+    targets = {edge for _, edge in wants}
+    moved = _move_up(graph, wants, targets)
+    groups = _unify(graph, targets, moved)
+    readers = {edge: {(n, e) for n, e in wants if e is edge} for edge in targets}
+    return [
+        QuantizedEdge(tuple(group), frozenset().union(*(readers[edge] for edge in group)))
+        for group in groups
+    ]
+
+
+def _wants(graph, wanted):
+    """Rules 1 and 2: the set of (node, edge) pairs where a node wants an integer input."""
+    return {
+        (node, edge)
+        for node in graph.nodes
+        for edge in node.inputs
+        if _is_float_tensor(edge) and _wants_integer(node, wanted)
+    }
+
+
+def _wants_integer(node, wanted):
+    role = node.role
+    if role is Role.WEIGHTED:
+        return layer_spec(node.op).float_input and wanted(node)
+    if role is Role.ARITHMETIC:
+        return wanted(node) and not _has_constant_operand(node)
+    if role is Role.NORMALIZATION:
+        return wanted(node) and folded_into(node) is None
+    if role is Role.ACTIVATION:
+        return (
+            type(node.op).__name__ not in CLIPS
+            and not _is_linear(node.op)
+            and wanted(node)
+            and folded_into(node) is None
+        )
+    return False
+
+
+def folded_into(node):
+    """Return the node that a normalization or activation runs fused with, or None.
+
+    A node folds into the one before it when it is that one's only reader and that one is a
+    weighted operation without an activation of its own, or (for an activation) an arithmetic one,
+    or a normalization.
+    """
+    before = node.inputs[0].producer if node.inputs else None
+    if before is None or len(set(before.output.consumers)) > 1:
+        return None
+    if before.role is Role.WEIGHTED:
+        return before if _is_linear(before.op) else None
+    if node.role is Role.ACTIVATION and before.role in (Role.ARITHMETIC, Role.NORMALIZATION):
+        return before
+    return None
+
+
+def _has_constant_operand(node):
+    """Whether a two-operand operation shifts or scales one tensor by a constant."""
+    return type(node.op).__name__ in TWO_OPERANDS and len(node.inputs) < 2
+
+
+def _is_linear(op):
+    activation = getattr(op, "activation", None)
+    return activation is None or activation is keras.activations.linear
+
+
+def _is_float_tensor(edge):
+    return edge.dtype.startswith(("float", "bfloat"))
+
+
+def _move_up(graph, wants, targets):
+    """Rule 3, in place on `wants` and `targets`; returns the data-moving nodes passed through."""
+    outputs = set(graph.outputs)
+    moved = set()
+    for node in reversed(graph.nodes):
+        if node.role is not Role.MOVEMENT or not any(e in targets for e in node.outputs):
+            continue
+        sources = [edge for edge in node.inputs if _is_float_tensor(edge)]
+        readers_agree = all(
+            edge in targets
+            and edge not in outputs
+            and all((reader, edge) in wants for reader in edge.consumers)
+            for edge in node.outputs
+        )
+        if not readers_agree or not sources:
+            continue
+        moved.add(node)
+        for edge in node.outputs:
+            targets.discard(edge)
+            wants -= {(reader, edge) for reader in edge.consumers}
+        for edge in sources:
+            targets.add(edge)
+            wants.add((node, edge))
+    return moved
+
+
+def _unify(graph, targets, moved):
+    """Rules 4 and 5: group the target edges; inputs of one moved node share a group."""
+    group_of = {edge: [edge] for edge in graph.edges if edge in targets}
+    for node in moved:
+        sources = [edge for edge in node.inputs if edge in group_of]
+        for edge in sources[1:]:
+            first, other = group_of[sources[0]], group_of[edge]
+            if first is not other:
+                first.extend(other)
+                group_of.update(dict.fromkeys(other, first))
+    seen, groups = set(), []
+    for group in group_of.values():
+        if id(group) not in seen:
+            seen.add(id(group))
+            groups.append(group)
+    return groups

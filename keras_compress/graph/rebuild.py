@@ -1,0 +1,97 @@
+"""Make a new Keras model from a graph, swapping layers and rounding edges on the way.
+
+Everything that changes a model's structure goes through here: `compress_model`, `strip`, export.
+"""
+
+import copy
+import functools
+
+import keras
+
+from keras_compress.graph.walk import Edge
+from keras_compress.layers import CompressedLayer
+
+
+def rebuild(graph, swap=None, quantize=(), model_class=keras.Model, **model_kwargs):
+    """Build a Keras Functional model from a graph; weights are copied, nothing is shared.
+
+    Args:
+        graph: the `Graph`. Its own layers are left untouched.
+        swap: function `node -> Layer or None`, called once per operation. A returned, unbuilt
+            layer takes the operation's place and weights; None keeps a clone of the operation.
+        quantize: pairs `(QuantizedEdge, FakeQuantize layer)`.
+        model_class: class of the new model, constructed as `model_class(inputs, outputs, name=)`.
+        **model_kwargs: further arguments of the model's constructor.
+
+    Returns:
+        The new model; layer names, input and output structure and names are the graph's.
+    """
+    rounded = {edge: layer for group, layer in quantize for edge in group.edges}
+    readers = {pair for group, _ in quantize for pair in group.readers}
+    tensors, rounded_tensors, layers = {}, {}, {}
+
+    def emit(edge, tensor):
+        tensors[edge] = tensor
+        if edge in rounded:
+            rounded_tensors[edge] = rounded[edge](tensor)
+
+    def read(node, leaf):
+        if not isinstance(leaf, Edge):
+            return leaf
+        return rounded_tensors[leaf] if (node, leaf) in readers else tensors[leaf]
+
+    for edge in graph.inputs:
+        emit(edge, keras.Input(batch_shape=edge.shape, dtype=edge.dtype, name=edge.name))
+    for node in graph.nodes:
+        first_call = node.name not in layers
+        if first_call:
+            replacement = swap(node) if swap is not None else None
+            layers[node.name] = replacement or clone(node.op, node.name)
+        arguments = (list(node.args), node.kwargs)
+        args, kwargs = keras.tree.map_structure(functools.partial(read, node), arguments)
+        outputs = keras.tree.flatten(layers[node.name](*args, **kwargs))
+        if first_call and isinstance(node.op, keras.layers.Layer):
+            copy_weights(node.op, layers[node.name])
+        for edge, tensor in zip(node.outputs, outputs, strict=True):
+            emit(edge, tensor)
+
+    inputs = keras.tree.map_structure(lambda edge: tensors[edge], graph.input_structure)
+    outputs = keras.tree.map_structure(functools.partial(read, None), graph.output_structure)
+    return model_class(inputs, outputs, name=graph.name, **model_kwargs)
+
+
+def clone(op, name):
+    """Return a fresh copy of a layer (without its weights) or of a bare operation.
+
+    A layer that cannot be made again from its configuration is deep-copied.
+    """
+    if not isinstance(op, keras.layers.Layer):
+        twin = copy.copy(op)
+        twin.name, twin._inbound_nodes, twin._outbound_nodes = name, [], []
+        return twin
+    try:
+        return type(op).from_config(op.get_config() | {"name": name})
+    except Exception:  # a user's layer may have an incomplete `get_config`
+        nodes = op._inbound_nodes, op._outbound_nodes
+        op._inbound_nodes, op._outbound_nodes = [], []  # they reach the whole model
+        try:
+            return copy.deepcopy(op)
+        finally:
+            op._inbound_nodes, op._outbound_nodes = nodes
+
+
+def copy_weights(old, new):
+    """Give `new` the weights of `old`: raw ones between two of a kind, effective ones to a plain
+    layer.
+
+    Values pass through NumPy: on JAX, `assign` would share the buffer with the old model.
+    """
+    was_compressed, is_compressed = (isinstance(x, CompressedLayer) for x in (old, new))
+    if is_compressed and not was_compressed:
+        targets, values = new.plain_weights, old.get_weights()
+    elif was_compressed and not is_compressed:
+        targets, values = new.weights, old.plain_values()
+    else:
+        targets, values = new.weights, old.get_weights()
+    for target, value in zip(targets, values, strict=True):
+        target.assign(value)

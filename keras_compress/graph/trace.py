@@ -1,0 +1,304 @@
+"""Any Keras model becomes a flat `Graph` of primitives.
+
+Functional and Sequential models already carry their graph. Composite layers and subclassed models
+are called once on symbolic tensors, which records their inner layers and `keras.ops` calls.
+What cannot be seen through is kept whole, and its node says why.
+"""
+
+import copy
+import inspect
+import re
+
+import keras
+
+from keras_compress.graph.walk import SEPARATOR, Edge, Graph, Node
+from keras_compress.layers import layer_spec
+
+COMPOSITE_LAYERS = tuple(
+    getattr(keras.layers, name)
+    for name in ("MultiHeadAttention", "GroupQueryAttention")
+    if hasattr(keras.layers, name)
+)
+SEPARABLE_LAYERS = {
+    keras.layers.SeparableConv1D: (keras.layers.DepthwiseConv1D, keras.layers.Conv1D),
+    keras.layers.SeparableConv2D: (keras.layers.DepthwiseConv2D, keras.layers.Conv2D),
+}
+
+
+def trace(model):
+    """Return the flat `Graph` of a built Keras model.
+
+    Args:
+        model: a `keras.Model`: Sequential, Functional, subclassed, nested in any way.
+
+    Raises:
+        TypeError: `model` is not a Keras model.
+        ValueError: the model has not been built.
+    """
+    if not isinstance(model, keras.Model):
+        raise TypeError(
+            f"Expected a Keras 3 model (`keras.Model`). Received: model={model!r} "
+            f"(of type {type(model).__module__}.{type(model).__name__})"
+        )
+    if not model.built or (isinstance(model, keras.Sequential) and model._functional is None):
+        raise ValueError(
+            f"Expected a built model. Model '{model.name}' has no input shape yet: call it on a "
+            "batch, or `model.build(input_shape)`, or start it with `keras.Input`. "
+            f"Received: model={model!r}"
+        )
+    function = _own_graph(model) or _subclassed_graph(model)
+    return _Tracer(model).graph(model.name, function)
+
+
+class _Tracer:
+    """Collects nodes while walking into nested graphs; names stay unique."""
+
+    def __init__(self, model):
+        self.nodes = []
+        self.names = {}  # id(op) -> name; shared operations are named once
+        self.taken = set()
+        self.clones = {}  # id(original op) -> (copy of a bare operation | replacement layers)
+        self.kept = []  # keeps ids valid while tracing
+        layers = model._flatten_layers(include_self=False, recursive=True)
+        self.masked = any(
+            isinstance(layer, keras.layers.Masking) or getattr(layer, "mask_zero", False)
+            for layer in layers
+        )
+
+    def graph(self, name, function):
+        edges = {}
+        for tensor in function.inputs:
+            edges[id(tensor)] = Edge(tuple(tensor.shape), tensor.dtype, tensor.name)
+            self.taken.add(tensor.name)
+        inputs = keras.tree.map_structure(lambda t: edges[id(t)], function._inputs_struct)
+        self.walk(function, edges, path="")
+        outputs = keras.tree.map_structure(lambda t: edges[id(t)], function._outputs_struct)
+        for node in self.nodes:
+            for edge in node.inputs:
+                edge.consumers.append(node)
+        return Graph(name, self.nodes, inputs, outputs)
+
+    def walk(self, function, edges, path):
+        """Append the nodes of a Keras `Function`; `edges` maps its tensors (by id) to edges."""
+        self.kept.append(function)
+        for keras_node in _nodes_of(function):
+            if keras_node.is_input or any(id(t) in edges for t in keras_node.outputs):
+                continue
+            if any(id(t) not in edges for t in keras_node.input_tensors):
+                continue
+
+            def to_edge(leaf):
+                return edges[id(leaf)] if isinstance(leaf, keras.KerasTensor) else leaf
+
+            arguments = keras_node.arguments
+            args, kwargs = keras.tree.map_structure(
+                to_edge, (list(arguments.args), dict(arguments.kwargs))
+            )
+            outputs = self.call(keras_node.operation, args, kwargs, keras_node.outputs, path)
+            edges.update(zip(map(id, keras_node.outputs), outputs, strict=True))
+
+    def call(self, op, args, kwargs, outputs, path):
+        """Trace one call and return the edges of its outputs."""
+        if type(op) in SEPARABLE_LAYERS:
+            return [self.separable(op, args[0], path)]
+        inner, reason = self.look_inside(op, args, kwargs)
+        if inner is None:
+            return self.leaf(op, args, kwargs, outputs, path, reason)
+        leaves = keras.tree.flatten([args, kwargs])
+        given = [leaf for leaf in leaves if isinstance(leaf, Edge)]
+        edges = {id(t): edge for t, edge in zip(inner.inputs, given, strict=True)}
+        self.walk(inner, edges, path=self.name(op, path) + SEPARATOR)
+        return [edges[id(t)] for t in inner.outputs]
+
+    def leaf(self, op, args, kwargs, outputs, path, reason=""):
+        name = self.name(op, path)
+        if not isinstance(op, keras.layers.Layer):
+            op = self.bare_operation(op, name)
+        node = Node(name, op, tuple(args), kwargs, reason=reason)
+        for index, tensor in enumerate(outputs):
+            suffix = f":{index}" if index else ""
+            node.outputs.append(Edge(tuple(tensor.shape), tensor.dtype, name + suffix, node))
+        self.nodes.append(node)
+        return node.outputs
+
+    def bare_operation(self, op, name):
+        """Copy a stateless `keras.ops` operation so that the user's own graph is left alone."""
+        if id(op) not in self.clones:
+            clone = copy.copy(op)
+            clone.name, clone._inbound_nodes, clone._outbound_nodes = name, [], []
+            self.clones[id(op)] = clone
+            self.kept.append(op)
+        return self.clones[id(op)]
+
+    def separable(self, layer, edge, path):
+        """Split a separable convolution into its depthwise and its pointwise half."""
+        if id(layer) not in self.clones:
+            self.clones[id(layer)] = _split_separable(layer, self.name(layer, path))
+        for half in self.clones[id(layer)]:
+            spec = keras.KerasTensor(half.compute_output_shape(edge.shape), dtype=edge.dtype)
+            (edge,) = self.leaf(half, [edge], {}, [spec], path="")
+        return edge
+
+    def name(self, op, path):
+        """Return the unique qualified name of an operation: `outer-inner`."""
+        if id(op) not in self.names:
+            bare = not isinstance(op, keras.layers.Layer)
+            base = path + (re.sub(r"_\d+$", "", op.name) if bare and path else op.name)
+            name, count = base, 0
+            while name in self.taken:
+                count += 1
+                name = f"{base}_{count}"
+            self.taken.add(name)
+            self.names[id(op)] = name
+            self.kept.append(op)
+        return self.names[id(op)]
+
+    def look_inside(self, op, args, kwargs):
+        """Return (`keras.Function` of a composite or None, reason for keeping it whole)."""
+        if not _is_composite(op):
+            return None, ""
+        own = _own_graph(op)
+        if own is not None:
+            return own, ""
+        if self.masked and "mask" in "".join(inspect.signature(op.call).parameters):
+            return None, "reads an implicit mask, which tracing would lose"
+        if op._trainable_variables or op._non_trainable_variables or op._seed_generators:
+            return None, "has weights or random state of its own beside its inner layers"
+        return _call_symbolically(op, args, kwargs)
+
+
+def _is_composite(op):
+    if isinstance(op, (keras.Model, *COMPOSITE_LAYERS)):
+        return True
+    if not isinstance(op, keras.layers.Layer) or layer_spec(op) is not None:
+        return False
+    if type(op).__module__.partition(".")[0] in ("keras", "keras_compress"):
+        return False
+    return bool(op._flatten_layers(include_self=False, recursive=False))
+
+
+def _own_graph(op):
+    """Return the graph that a Functional or Sequential model already carries, or None."""
+    if isinstance(op, keras.Sequential):
+        return op._functional
+    return op if isinstance(op, keras.Function) else None
+
+
+def _call_symbolically(op, args, kwargs):
+    """Call `op.call` on fresh symbolic tensors; accept it only when training changes no node."""
+
+    def record(**training):
+        def fresh(leaf):
+            if not isinstance(leaf, Edge):
+                return leaf
+            return keras.Input(batch_shape=leaf.shape, dtype=leaf.dtype)
+
+        new_args, new_kwargs = keras.tree.map_structure(fresh, (args, kwargs))
+        new_kwargs |= training
+        inputs = [
+            leaf
+            for leaf in keras.tree.flatten([new_args, {**new_kwargs}])
+            if isinstance(leaf, keras.KerasTensor)
+        ]
+        return keras.Function(inputs, op.call(*new_args, **new_kwargs))
+
+    try:
+        function = record()
+        if "training" in inspect.signature(op.call).parameters:
+            kinds = [
+                [type(node.operation) for node in _nodes_of(record(training=flag))]
+                for flag in (True, False)
+            ]
+            if kinds[0] != kinds[1]:
+                return None, "runs other operations in training than in inference"
+        if any(_holds_variable(node) for node in _nodes_of(function)):
+            return None, "uses variables outside of a layer"
+    except Exception as error:  # whatever a user's `call` may raise on symbolic tensors
+        line = str(error).strip().splitlines() or [""]
+        return None, f"cannot be traced ({type(error).__name__}: {line[0][:120]})"
+    return function, ""
+
+
+def _nodes_of(function):
+    """Return the Keras nodes of a `Function` in execution order."""
+    depths = sorted(function._nodes_by_depth, reverse=True)
+    return [node for depth in depths for node in function._nodes_by_depth[depth]]
+
+
+def _holds_variable(keras_node):
+    arguments = keras_node.arguments
+    leaves = keras.tree.flatten([list(arguments.args), dict(arguments.kwargs)])
+    return any(isinstance(leaf, keras.Variable) for leaf in leaves)
+
+
+def _subclassed_graph(model):
+    """Record a subclassed model's `call` on inputs of the shapes it was built with."""
+    shapes = model._build_shapes_dict or {}
+    structures = {key.removesuffix("_shape"): shape for key, shape in shapes.items()}
+    if set(structures) == {"input"}:
+        structures = {next(iter(inspect.signature(model.call).parameters)): structures["input"]}
+
+    def make_input(shape):
+        return keras.Input(batch_shape=(None, *shape[1:]), dtype=model.input_dtype)
+
+    kwargs = {
+        name: keras.tree.map_shape_structure(make_input, shape)
+        for name, shape in structures.items()
+    }
+    inputs = keras.tree.flatten(kwargs)
+    for index, tensor in enumerate(inputs):
+        tensor.name = "input" if len(inputs) == 1 else f"input_{index}"
+    try:
+        function = keras.Function(
+            next(iter(kwargs.values())) if len(kwargs) == 1 else inputs, model.call(**kwargs)
+        )
+    except Exception:  # kept whole: the model itself becomes the single opaque node
+        function = keras.Function(
+            next(iter(kwargs.values())) if len(kwargs) == 1 else inputs, model(**kwargs)
+        )
+    return function
+
+
+def _split_separable(layer, name):
+    """Return (depthwise, pointwise) layers that compute what a separable convolution computes."""
+    depthwise_class, pointwise_class = SEPARABLE_LAYERS[type(layer)]
+    shared = {"data_format": layer.data_format, "dtype": layer.dtype_policy}
+    depthwise = depthwise_class(
+        layer.kernel_size,
+        strides=layer.strides,
+        padding=layer.padding,
+        dilation_rate=layer.dilation_rate,
+        depth_multiplier=layer.depth_multiplier,
+        use_bias=False,
+        name=f"{name}{SEPARATOR}depthwise",
+        depthwise_regularizer=layer.depthwise_regularizer,
+        depthwise_constraint=layer.depthwise_constraint,
+        trainable=layer.trainable,
+        **shared,
+    )
+    pointwise = pointwise_class(
+        layer.filters,
+        1,
+        padding=layer.padding,
+        use_bias=layer.use_bias,
+        activation=layer.activation,
+        name=f"{name}{SEPARATOR}pointwise",
+        kernel_regularizer=layer.pointwise_regularizer,
+        kernel_constraint=layer.pointwise_constraint,
+        bias_regularizer=layer.bias_regularizer,
+        bias_constraint=layer.bias_constraint,
+        activity_regularizer=layer.activity_regularizer,
+        trainable=layer.trainable,
+        **shared,
+    )
+    channel_axis = -1 if layer.data_format == "channels_last" else 1
+    shape = [None] * (layer.rank + 2)
+    shape[channel_axis] = layer.input_spec.axes[channel_axis]
+    depthwise.build(tuple(shape))
+    shape[channel_axis] *= layer.depth_multiplier
+    pointwise.build(tuple(shape))
+    depthwise.kernel.assign(keras.ops.convert_to_numpy(layer.depthwise_kernel))
+    pointwise.set_weights(
+        [keras.ops.convert_to_numpy(w) for w in (layer.pointwise_kernel, layer.bias) if w is not None]
+    )
+    return depthwise, pointwise

@@ -1,0 +1,180 @@
+"""The read-only graph every algorithm looks at: nodes, edges, and what each operation does.
+
+A `Graph` is a flat list of `Node`s in execution order, joined by `Edge`s (tensors). It knows no
+algorithm; `OPS` says, per operation class, how values move through it.
+"""
+
+import dataclasses
+import enum
+
+import keras
+
+from keras_compress.layers import FakeQuantize, layer_spec
+
+
+# Joins the names of nested layers: a name may hold no "/" in Keras and no "." in torch.
+SEPARATOR = "-"
+
+
+class Role(enum.Enum):
+    """What an operation does to the values of its inputs."""
+
+    WEIGHTED = "weighted"  # multiplies by weights: integer arithmetic when inputs are integers
+    ARITHMETIC = "arithmetic"  # combines values: its inputs are worth quantizing
+    NORMALIZATION = "normalization"  # affine per channel: folds into a convolution before it
+    ACTIVATION = "activation"  # element-wise function, fused with the operation before it
+    MOVEMENT = "movement"  # only moves or selects values: the same grid before and after
+    FAKE_QUANTIZE = "fake quantize"  # already rounds to a grid
+    FLOAT = "float"  # anything else: stays as it is
+
+
+def _rows(role, prefix, names):
+    """Pair each class of the public namespace `prefix` that this Keras version has with `role`."""
+    return {getattr(prefix, name): role for name in names.split() if hasattr(prefix, name)}
+
+
+OPS = {
+    **_rows(
+        Role.ARITHMETIC,
+        keras.layers,
+        "Add Subtract Multiply Average Maximum Minimum Dot AveragePooling1D AveragePooling2D "
+        "AveragePooling3D GlobalAveragePooling1D GlobalAveragePooling2D GlobalAveragePooling3D",
+    ),
+    **_rows(Role.NORMALIZATION, keras.layers, "BatchNormalization"),
+    **_rows(
+        Role.ACTIVATION, keras.layers, "ReLU LeakyReLU PReLU ELU Activation"
+    ),
+    **_rows(
+        Role.MOVEMENT,
+        keras.layers,
+        "Reshape Flatten Permute RepeatVector ZeroPadding1D ZeroPadding2D ZeroPadding3D "
+        "Cropping1D Cropping2D Cropping3D MaxPooling1D MaxPooling2D MaxPooling3D "
+        "GlobalMaxPooling1D GlobalMaxPooling2D GlobalMaxPooling3D Concatenate Dropout "
+        "SpatialDropout1D SpatialDropout2D SpatialDropout3D Identity UpSampling1D UpSampling3D "
+        "ActivityRegularization",
+    ),
+}
+
+# `keras.ops` functions become operation objects whose classes are not public: by class name.
+OPS_BY_NAME = {
+    **dict.fromkeys("Add Subtract Multiply Maximum Minimum Matmul Mean".split(), Role.ARITHMETIC),
+    **dict.fromkeys(
+        "Relu Relu6 Silu Sigmoid HardSigmoid HardSilu Gelu Elu Selu LeakyRelu Tanh Softplus".split(),
+        Role.ACTIVATION,
+    ),
+    **dict.fromkeys(
+        "Reshape Transpose Squeeze ExpandDims GetItem Concatenate Pad MaxPool Identity Flip "
+        "Swapaxes Moveaxis BroadcastTo Repeat Tile Take Stack Split Ravel".split(),
+        Role.MOVEMENT,
+    ),
+}
+
+
+def role_of(op):
+    """Return the `Role` of an operation (a layer or a `keras.ops` operation object)."""
+    if isinstance(op, FakeQuantize):
+        return Role.FAKE_QUANTIZE
+    if layer_spec(op) is not None:
+        return Role.WEIGHTED
+    if isinstance(op, keras.layers.UpSampling2D):
+        return Role.MOVEMENT if op.interpolation == "nearest" else Role.FLOAT
+    if isinstance(op, keras.layers.Layer):
+        return next((OPS[base] for base in type(op).__mro__ if base in OPS), Role.FLOAT)
+    return OPS_BY_NAME.get(type(op).__name__, Role.FLOAT)
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class Edge:
+    """A tensor of the graph: `shape` with the batch axis first, its producer, its consumers."""
+
+    shape: tuple
+    dtype: str
+    name: str
+    producer: "Node | None" = None
+    consumers: list = dataclasses.field(default_factory=list)
+
+    def __repr__(self):
+        return f"<Edge {self.name} {self.shape}>"
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class Node:
+    """One call of an operation; `args` and `kwargs` hold `Edge`s where tensors go."""
+
+    name: str
+    op: object
+    args: tuple
+    kwargs: dict
+    outputs: list = dataclasses.field(default_factory=list)
+    reason: str = ""  # why the operation is kept whole, where tracing gave up on it
+
+    @property
+    def inputs(self):
+        """Input edges in order of appearance (an edge used twice appears twice)."""
+        leaves = keras.tree.flatten([list(self.args), self.kwargs])
+        return [leaf for leaf in leaves if isinstance(leaf, Edge)]
+
+    @property
+    def role(self):
+        return Role.FLOAT if self.reason else role_of(self.op)
+
+    @property
+    def output(self):
+        return self.outputs[0]
+
+    def __repr__(self):
+        return f"<Node {self.name}: {type(self.op).__name__}>"
+
+
+@dataclasses.dataclass(eq=False)
+class Graph:
+    """A flat model: `nodes` in execution order.
+
+    `input_structure` and `output_structure` are the user's nested structures of `Edge`s.
+    """
+
+    name: str
+    nodes: list
+    input_structure: object
+    output_structure: object
+
+    @property
+    def inputs(self):
+        return keras.tree.flatten(self.input_structure)
+
+    @property
+    def outputs(self):
+        return keras.tree.flatten(self.output_structure)
+
+    @property
+    def edges(self):
+        """Every edge in order of production: inputs first."""
+        return self.inputs + [edge for node in self.nodes for edge in node.outputs]
+
+    def layer_nodes(self):
+        """Return {name: first node} over the operations, each shared operation once."""
+        first = {}
+        for node in self.nodes:
+            first.setdefault(node.name, node)
+        return first
+
+    def run(self, inputs, call):
+        """Interpret the graph on values.
+
+        Args:
+            inputs: list of values, one per input edge.
+            call: function `(node, *args, **kwargs) -> outputs` that executes one node.
+
+        Returns:
+            Dict from `Edge` to its value.
+        """
+        values = dict(zip(self.inputs, inputs, strict=True))
+
+        def fill(leaf):
+            return values[leaf] if isinstance(leaf, Edge) else leaf
+
+        for node in self.nodes:
+            args, kwargs = keras.tree.map_structure(fill, (list(node.args), node.kwargs))
+            outputs = keras.tree.flatten(call(node, *args, **kwargs))
+            values.update(zip(node.outputs, outputs, strict=True))
+        return values

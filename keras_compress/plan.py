@@ -1,0 +1,148 @@
+"""The plan: which weight and which edge gets which transform, and why the rest is left alone.
+
+A plan is plain data made by algorithms from a graph, before anything is changed. It prints as
+tables and turns into a dictionary.
+"""
+
+import dataclasses
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+
+from keras_compress.rendering import Rendered
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightEntry:
+    """One weight of one layer and the transforms it will be read through, in order."""
+
+    layer: str
+    weight: str
+    transforms: tuple
+    description: str
+
+
+@dataclasses.dataclass(frozen=True)
+class EdgeEntry:
+    """Edges that share one activation quantizer; `group` is the `QuantizedEdge` of the graph."""
+
+    name: str
+    group: object
+    transform: object
+    description: str
+
+    @property
+    def edges(self):
+        return tuple(edge.name for edge in self.group.edges)
+
+    @property
+    def readers(self):
+        names = {node.name if node else "model output" for node, _ in self.group.readers}
+        return tuple(sorted(names))
+
+
+@dataclasses.dataclass(frozen=True)
+class Untouched:
+    """An operation left in float: why, its FLOPs per sample and their share of the model's."""
+
+    layer: str
+    type: str
+    reason: str
+    flops: int
+    share: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan(Rendered):
+    """What `compress_model` will do.
+
+    Attributes:
+        model: name of the model.
+        weights: tuple of `WeightEntry`.
+        edges: tuple of `EdgeEntry`.
+        untouched: tuple of `Untouched`, largest share of FLOPs first.
+        keys: what became of each configuration key (`KeyStatus`).
+        notes: remarks on the whole, e.g. where ranges will come from.
+    """
+
+    model: str
+    weights: tuple = ()
+    edges: tuple = ()
+    untouched: tuple = ()
+    keys: tuple = ()
+    notes: tuple = ()
+
+    def merge(self, other):
+        """Return a plan with the entries of both; transforms of one weight are joined in order."""
+        joined = {(entry.layer, entry.weight): entry for entry in self.weights}
+        for entry in other.weights:
+            before = joined.get((entry.layer, entry.weight))
+            if before is not None:
+                entry = dataclasses.replace(
+                    entry,
+                    transforms=before.transforms + entry.transforms,
+                    description=f"{before.description}, {entry.description}",
+                )
+            joined[entry.layer, entry.weight] = entry
+        return dataclasses.replace(
+            self,
+            weights=tuple(joined.values()),
+            edges=self.edges + other.edges,
+            untouched=self.untouched + other.untouched,
+            keys=self.keys + other.keys,
+            notes=self.notes + other.notes,
+        )
+
+    @property
+    def float_share(self):
+        """Share of the model's FLOPs that stay in float, in [0, 1]."""
+        return sum(entry.share for entry in self.untouched)
+
+    def to_dict(self):
+        """Return the plan as JSON-able data."""
+        return {
+            "model": self.model,
+            "weights": [
+                {"layer": e.layer, "weight": e.weight, "transforms": e.description}
+                for e in self.weights
+            ],
+            "edges": [
+                {
+                    "name": e.name,
+                    "tensors": list(e.edges),
+                    "readers": list(e.readers),
+                    "transform": e.description,
+                }
+                for e in self.edges
+            ],
+            "untouched": [dataclasses.asdict(entry) for entry in self.untouched],
+            "float_share": self.float_share,
+            "keys": [dataclasses.asdict(entry) for entry in self.keys],
+            "notes": list(self.notes),
+        }
+
+    def renderable(self):
+        parts = [_table("Weights", ("layer", "weight", "transforms"), self._weight_rows())]
+        parts.append(_table("Activations", ("tensor", "read by", "transform"), self._edge_rows()))
+        if self.untouched:
+            title = f"Left in float ({self.float_share:.2%} of the FLOPs)"
+            rows = [(e.layer, e.type, f"{e.share:.2%}", e.reason) for e in self.untouched]
+            parts.append(_table(title, ("operation", "type", "FLOPs", "why"), rows))
+        if self.keys:
+            rows = [(e.key, e.status, e.reason) for e in self.keys]
+            parts.append(_table("Configuration", ("key", "status", "reason"), rows))
+        return Group(*parts, *self.notes)
+
+    def _weight_rows(self):
+        return [(e.layer, e.weight, e.description) for e in self.weights]
+
+    def _edge_rows(self):
+        return [(", ".join(e.edges), ", ".join(e.readers), e.description) for e in self.edges]
+
+
+def _table(title, columns, rows):
+    table = Table(*columns, title=f"{title}: {len(rows)}", title_justify="left", box=box.SIMPLE)
+    for row in rows:
+        table.add_row(*map(str, row))
+    return table

@@ -1,0 +1,314 @@
+"""Quantizers: transforms that round a tensor to a uniform grid whose range is trained."""
+
+import logging
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_compress.fake_quantize import (
+    Asymmetric,
+    RangeTraining,
+    Symmetric,
+    fake_quantize,
+    nudged_range,
+    observe,
+)
+from keras_compress.transforms import Transform
+
+SMALLEST_RANGE = 0.1  # floor of an initial scale or range
+SMALLEST_SHARE = 0.01  # the same, as a share of the largest among the channels
+
+logger = logging.getLogger(__name__)
+
+
+class Quantizer(Transform, abstract=True):
+    """Base of the uniform quantizers with a trained range.
+
+    Shapes: `x` any; range variables `()` per tensor, else the size of x on the kept axes and 1
+    elsewhere: x `(3, 3, 16, 32)` with `axis=(-1,)` has variables `(1, 1, 1, 32)`.
+
+    Formula, with `step = (high - low) / (levels - 1)`; low and high are whole multiples of it:
+
+        y = step * round(clip(x, low, high) / step)
+
+    Gradient: `dx = g` where `low <= x <= high`, else 0. That of the range has the rounding error
+    inside the range and the clip indicator outside (see `fake_quantize`).
+
+    Invariants: `q(0) == 0` and `q(q(x)) == q(x)`, exactly.
+
+    Args:
+        bits: width, 2 to 16.
+        axis: None, or tuple of negative ints: the axes that keep a range value per index.
+        signed: whether the symmetric grid has negative levels. None: decided by `set_range`.
+        narrow_range: leave out one level, so that a signed grid is symmetric.
+        half_range: train an 8-bit quantizer on 7-bit levels, [-63, 63] if signed. Exported as an
+            8-bit grid with the same step, products of two cannot overflow 16 bits on processors
+            without VNNI.
+        learnable: whether the range is trained.
+        gradient_scale: None, or `"lsq"`: multiply the gradient of the range by
+            `1 / sqrt(n * level_high)`, n being the number of elements that share a range value.
+        lr_multiplier: factor on the gradient of the range.
+        calibrated: whether the range has been set; a model file brings it along.
+    """
+
+    def __init__(
+        self,
+        bits=8,
+        axis=None,
+        signed=None,
+        narrow_range=False,
+        half_range=False,
+        learnable=True,
+        gradient_scale=None,
+        lr_multiplier=1.0,
+        calibrated=False,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.bits = _checked_bits(bits, half_range)
+        self.axis = _checked_axis(axis)
+        if gradient_scale not in (None, "lsq"):
+            raise ValueError(
+                f"Expected None or 'lsq'. Received: gradient_scale={gradient_scale!r}"
+            )
+        self.signed = signed
+        self.narrow_range = narrow_range
+        self.half_range = half_range
+        self.learnable = learnable
+        self.gradient_scale = gradient_scale
+        self.lr_multiplier = lr_multiplier
+        self.calibrated = calibrated
+        self.observer = None
+
+    @property
+    def levels(self):
+        """Number of grid values."""
+        return self.level_high - self.level_low + 1
+
+    @property
+    def range_variables(self):
+        """Variables of the range: weight decay must not touch them."""
+        raise NotImplementedError(f"{type(self).__name__} must define `range_variables`.")
+
+    @property
+    def parametrization(self):
+        """How `range_variables` give the range: see `fake_quantize`."""
+        raise NotImplementedError(f"{type(self).__name__} must define `parametrization`.")
+
+    def step(self):
+        """Return the distance between two levels, a NumPy array shaped as the variables."""
+        return self._range()[2]
+
+    def effective_range(self):
+        """Return the lowest and the highest grid value, (low, high), exactly as `call` has them."""
+        return self._range()[:2]
+
+    def _range(self):
+        parameters = [ops.convert_to_tensor(v) for v in self.range_variables]
+        grid = nudged_range(parameters, self.parametrization)
+        return tuple(np.array(ops.convert_to_numpy(tensor)) for tensor in grid)
+
+    def variable_shape(self, input_shape):
+        """Shape of the range variables for an input shape."""
+        if self.axis is None:
+            return ()
+        rank = len(input_shape)
+        shape = [input_shape[i] if i - rank in self.axis else 1 for i in range(rank)]
+        if min(self.axis) < -rank or None in shape:
+            raise ValueError(
+                f"The kept axes must exist and have a known size. Received: axis={self.axis}, "
+                f"input shape {tuple(input_shape)}"
+            )
+        return tuple(shape)
+
+    def set_range(self, minimum, maximum):
+        """Set the range from observed extremes and mark the quantizer as calibrated.
+
+        Args:
+            minimum, maximum: NumPy arrays that broadcast to the shape of the variables.
+        """
+        shape = tuple(self.range_variables[0].shape)
+        minimum, maximum = (np.asarray(a, dtype="float32") for a in (minimum, maximum))
+        if not (np.isfinite(minimum).all() and np.isfinite(maximum).all()):
+            raise ValueError(f"Expected a finite range. Received: {minimum=}, {maximum=}")
+        if (minimum > maximum).any():
+            raise ValueError(f"Expected minimum <= maximum. Received: {minimum=}, {maximum=}")
+        self._assign_range(np.broadcast_to(minimum, shape), np.broadcast_to(maximum, shape))
+        self.calibrated = True
+
+    def _assign_range(self, minimum, maximum):
+        raise NotImplementedError(f"{type(self).__name__} must define `_assign_range`.")
+
+    def call(self, inputs, training=None):
+        if self.observer is not None:
+            observe(inputs, self.observer.update)
+            return inputs
+        if not self.calibrated:
+            if training:
+                raise ValueError(
+                    f"The range of quantizer '{self.path}' was never set. Pass `data=` to "
+                    "`compress_model`, or train with the callback "
+                    "`keras_compress.callbacks.Compress()`."
+                )
+            return inputs
+        parameters = [ops.convert_to_tensor(v) for v in self.range_variables]
+        return fake_quantize(inputs, parameters, self.parametrization, self._range_training)
+
+    @property
+    def _range_training(self):
+        return RangeTraining(self.learnable, self.lr_multiplier, self.gradient_scale == "lsq")
+
+    def get_config(self):
+        return super().get_config() | {
+            "bits": self.bits,
+            "axis": self.axis,
+            "signed": self.signed,
+            "narrow_range": self.narrow_range,
+            "half_range": self.half_range,
+            "learnable": self.learnable,
+            "gradient_scale": self.gradient_scale,
+            "lr_multiplier": self.lr_multiplier,
+            "calibrated": self.calibrated,
+        }
+
+    def _add_range_variable(self, name, input_shape):
+        return self.add_weight(
+            name=name,
+            shape=self.variable_shape(input_shape),
+            initializer="ones",
+            trainable=self.learnable,
+        )
+
+
+class SymmetricQuantizer(Quantizer):
+    """Quantizer with zero in the middle of its range (signed) or at its lower end (unsigned).
+
+    Levels for b bits: signed `[-2^(b-1), 2^(b-1) - 1]`, unsigned `[0, 2^b - 1]`; a narrow range
+    leaves out the lowest (signed) or the highest (unsigned). With `s = |scale| + eps`:
+
+        step = s / level_high        low = step * level_low        high = s
+
+        d scale = sum g * ((y - x) / (high - low) * inside + level_low / level_high * below + above)
+
+    Example:
+
+    >>> quantizer = SymmetricQuantizer(bits=2, narrow_range=True)
+    >>> quantizer.build((3,))
+    >>> quantizer.set_range(-1.0, 1.0)
+    >>> quantizer(np.array([-3.0, 0.2, 0.6], "float32")).numpy()
+    array([-1.,  0.,  1.], dtype=float32)
+
+    Reference: Jain et al., "Trained quantization thresholds" (arXiv:1903.08066), section 3.
+    """
+
+    @property
+    def level_low(self):
+        """Lowest whole code."""
+        if self.signed is False:
+            return 0
+        left_out = self.narrow_range or self.half_range
+        return left_out - 2 ** (self._trained_bits - 1)
+
+    @property
+    def level_high(self):
+        """Highest whole code."""
+        if self.signed is False:
+            return 2**self._trained_bits - 1 - self.narrow_range
+        return 2 ** (self._trained_bits - 1) - 1
+
+    @property
+    def _trained_bits(self):
+        return self.bits - self.half_range
+
+    @property
+    def range_variables(self):
+        return [self.scale]
+
+    @property
+    def parametrization(self):
+        return Symmetric(self.level_low, self.level_high)
+
+    def build(self, input_shape):
+        self.scale = self._add_range_variable("scale", input_shape)
+
+    def _assign_range(self, minimum, maximum):
+        both_signs = bool((minimum < 0).any())
+        if self.signed is False and both_signs:
+            logger.warning(
+                "Quantizer '%s' was set to unsigned but saw negative values down to %g; it is "
+                "signed now.",
+                self.path,
+                minimum.min(),
+            )
+        self.signed = both_signs or self.signed is True
+        scale = np.maximum(np.abs(minimum), np.abs(maximum))
+        self.scale.assign(_floored(scale))
+
+
+class AsymmetricQuantizer(Quantizer):
+    """Quantizer with a free lower end and length; the range is widened until zero is on its grid.
+
+    Levels `[0, 2^b - 1]`; a narrow range leaves out the highest. `signed` has no meaning here.
+    With the trained `low` and `range`, `low, high = TuneRange(low, low + |range| + eps)`:
+
+        d low   = sum g * (below + above)
+        d range = sum g * ((y - x) / (high - low) * inside + above)
+
+    Example:
+
+    >>> quantizer = AsymmetricQuantizer(bits=2)
+    >>> quantizer.build((4,))
+    >>> quantizer.set_range(-1.0, 2.0)
+    >>> quantizer(np.array([-3.0, 0.2, 0.6, 9.0], "float32")).numpy()
+    array([-1.,  0.,  1.,  2.], dtype=float32)
+    """
+
+    level_low = 0
+
+    @property
+    def level_high(self):
+        """Highest whole code."""
+        return 2 ** (self.bits - self.half_range) - 1 - self.narrow_range
+
+    @property
+    def range_variables(self):
+        return [self.low, self.range]
+
+    @property
+    def parametrization(self):
+        return Asymmetric(self.level_high)
+
+    def build(self, input_shape):
+        self.low = self._add_range_variable("low", input_shape)
+        self.range = self._add_range_variable("range", input_shape)
+
+    def _assign_range(self, minimum, maximum):
+        length = maximum - minimum
+        floored = _floored(length)
+        self.low.assign(minimum - (floored - length) / 2)
+        self.range.assign(floored)
+
+
+def _floored(values):
+    floor = max(SMALLEST_SHARE * float(values.max()), SMALLEST_RANGE)
+    return np.maximum(values, np.float32(floor))
+
+
+def _checked_bits(bits, half_range):
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 16:
+        raise ValueError(f"Expected a whole number of bits from 2 to 16. Received: bits={bits!r}")
+    if half_range and bits != 8:
+        raise ValueError(f"`half_range` is for 8 bits only. Received: bits={bits}")
+    return bits
+
+
+def _checked_axis(axis):
+    if axis is None:
+        return None
+    axis = (axis,) if isinstance(axis, int) else tuple(axis)
+    if not axis or not all(isinstance(i, int) and i < 0 for i in axis):
+        raise ValueError(
+            f"Expected None or axes counted from the end, such as (-1,). Received: axis={axis}"
+        )
+    return axis
