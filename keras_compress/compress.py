@@ -7,11 +7,13 @@ import keras
 from rich.console import Console
 from rich.progress import track
 
+from keras_compress.algorithms import Algorithm
 from keras_compress.config import Config
 from keras_compress.data import input_batches
 from keras_compress.graph.rebuild import rebuild
 from keras_compress.graph.trace import trace
 from keras_compress.layers import PACKAGE, CompressedLayer, FakeQuantize, compressed_class
+from keras_compress.options import ConfigError
 from keras_compress.plan import Plan
 from keras_compress.quantizers import Quantizer
 from keras_compress.training.batch_norm import adapt_batch_norm
@@ -89,7 +91,7 @@ def plan(model, config):
     Returns:
         A `Plan`: printable, and a dictionary through `.to_dict()`.
     """
-    config = Config.load(config)
+    config = _loaded(config)
     return _plan(_checked_graph(model), config)
 
 
@@ -114,7 +116,7 @@ def compress_model(model, config, data=None, verbose=True):
         TypeError, ValueError: not a Keras model, unbuilt, already compressed, bad configuration or
             data; nothing has been changed then.
     """
-    config = Config.load(config)
+    config = _loaded(config)
     graph = _checked_graph(model)
     decided = _plan(graph, config, with_data=data is not None)
     batches = None if data is None else _read(data, graph, config)
@@ -166,6 +168,19 @@ def require_ready(model):
             "without `data`. Train it with `callbacks=[keras_compress.callbacks.Compress()]`, or "
             "call `compress_model(model, config, data=...)`."
         )
+
+
+def _loaded(config):
+    """Load a configuration and make sure that it asks for something that can be done."""
+    config = Config.load(config)
+    if not any(algorithm.built for algorithm in config.algorithms):
+        asked = [algorithm.name for algorithm in config.algorithms]
+        built = sorted({c.name for c in Algorithm.registry.values() if c.built})
+        raise ConfigError(
+            f"Expected a configuration with at least one algorithm of {built} under `compression`. "
+            f"Received: {asked or 'none'}."
+        )
+    return config
 
 
 def _checked_graph(model):

@@ -38,7 +38,7 @@ class Quantizer(Transform, abstract=True):
     Invariants: `q(0) == 0` and `q(q(x)) == q(x)`, exactly.
 
     Args:
-        bits: width, 2 to 16.
+        bits: width, 2 to 8.
         axis: None, or tuple of negative ints: the axes that keep a range value per index.
         signed: whether the symmetric grid has negative levels. None: decided by `set_range`.
         narrow_range: leave out one level, so that a signed grid is symmetric.
@@ -143,7 +143,8 @@ class Quantizer(Transform, abstract=True):
     def call(self, inputs, training=None):
         if self.observer is not None:
             observe(inputs, self.observer.update)
-            return inputs
+            # Depends on the range by a zero: optimizers warn of variables without a gradient.
+            return inputs + 0.0 * sum(ops.convert_to_tensor(v) for v in self.range_variables)
         if not self.calibrated:
             if training:
                 raise ValueError(
@@ -296,8 +297,8 @@ def _floored(values):
 
 
 def _checked_bits(bits, half_range):
-    if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 16:
-        raise ValueError(f"Expected a whole number of bits from 2 to 16. Received: bits={bits!r}")
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
+        raise ValueError(f"Expected a whole number of bits from 2 to 8. Received: bits={bits!r}")
     if half_range and bits != 8:
         raise ValueError(f"`half_range` is for 8 bits only. Received: bits={bits}")
     return bits

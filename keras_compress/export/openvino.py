@@ -224,16 +224,15 @@ def _digest(array):
 
 def _name_chain(op, layer, taken):
     """Name an operation after its layer, and what follows it alone: bias, batch norm, layout."""
-    name = layer
     while op is not None:
-        unique, count = name, 0
+        name = unique = f"{layer}/{op.get_type_name()}"
+        count = 0
         while unique in taken:
             count += 1
             unique = f"{name}_{count}"
         taken.add(unique)
         op.set_friendly_name(unique)
         op = _follower(op)
-        name = op and f"{layer}/{op.get_type_name()}"
 
 
 def _follower(op):

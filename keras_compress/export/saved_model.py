@@ -11,8 +11,8 @@ from keras_compress.layers import FakeQuantize
 CODES = 256  # levels of the integer type that inference engines compute with
 
 
-class FixedFakeQuantize(keras.layers.Layer):
-    """A `FakeQuantize` layer with its trained range as constants, in the form converters know.
+class FixedFakeQuantize(FakeQuantize):
+    """A `FakeQuantize` layer that enters a graph with constant range, in the form converters know.
 
     Inference engines compute with 256 levels only. A narrower grid is a clip to its own range
     followed by a 256-level grid of the same step, which gives the same numbers:
@@ -21,41 +21,34 @@ class FixedFakeQuantize(keras.layers.Layer):
         wide_low, wide_high = step * (0, 255), or step * (-128, 127) where low < 0
 
     Ranges per channel and more than 256 levels run as float arithmetic.
-
-    Args:
-        quantizer: the trained `Quantizer`.
     """
 
-    def __init__(self, quantizer, **kwargs):
-        super().__init__(trainable=False, **kwargs)
-        self.low, self.high = quantizer.effective_range()
-        self.step = quantizer.step()
-        self.levels = quantizer.levels
-
-    def call(self, inputs):
+    def call(self, inputs, training=None):
         import tensorflow as tf
 
+        with tf.init_scope():  # out of the graph being recorded: values, not operations
+            low, high = self.quantizer.effective_range()
+            step = self.quantizer.step()
+        levels = self.quantizer.levels
         x = tf.cast(inputs, tf.float32)
-        if self.levels > CODES or np.size(self.step) > 1:
-            codes = tf.floor(tf.clip_by_value(x, self.low, self.high) / self.step + 0.5)
-            return tf.cast(codes * self.step, inputs.dtype)
-        if self.levels < CODES:
-            x = tf.clip_by_value(x, float(self.low), float(self.high))
-        low, high = self.wide_range()
-        return tf.cast(tf.quantization.fake_quant_with_min_max_vars(x, low, high), inputs.dtype)
+        if levels != CODES:
+            x = tf.clip_by_value(x, low, high)
+        if levels > CODES or step.size > 1:
+            y = tf.floor(x / step + 0.5) * step
+        else:
+            y = tf.quantization.fake_quant_with_min_max_vars(x, *wide_range(low, high, step, levels))
+        return tf.cast(y, inputs.dtype)
 
-    def wide_range(self):
-        """Return (low, high) of the 256-level grid, as floats."""
-        low, high, step = (float(np.reshape(a, ())) for a in (self.low, self.high, self.step))
-        if self.levels == CODES:
-            return low, high
-        zero = round(-low / step)
-        if low < 0 and zero <= 128 and self.levels - zero <= 128:
-            zero = 128
-        return -zero * step, (CODES - 1 - zero) * step
 
-    def compute_output_spec(self, inputs):
-        return keras.KerasTensor(inputs.shape, dtype=inputs.dtype)
+def wide_range(low, high, step, levels):
+    """Return (low, high), as floats, of the 256-level grid that holds a grid of fewer levels."""
+    low, high, step = (float(np.reshape(value, ())) for value in (low, high, step))
+    if levels == CODES:
+        return low, high
+    zero = round(-low / step)
+    if low < 0 and max(zero, levels - zero) <= CODES // 2:
+        zero = CODES // 2
+    return -zero * step, (CODES - 1 - zero) * step
 
 
 def deployable(model):
@@ -70,7 +63,7 @@ def deployable(model):
     def fixed(node):
         op = node.op
         if isinstance(op, FakeQuantize):
-            return FixedFakeQuantize(op.quantizer, name=node.name) if op.quantizer.calibrated else None
+            return FixedFakeQuantize.from_config(op.get_config() | {"dtype": "float32"})
         half = getattr(op, "compute_dtype", None) in ("float16", "bfloat16")
         if half and not node.reason:
             return type(op).from_config(op.get_config() | {"name": node.name, "dtype": "float32"})

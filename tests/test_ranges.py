@@ -1,0 +1,115 @@
+"""Range estimators against their definitions."""
+
+import numpy as np
+import pytest
+
+from keras_compress import ranges
+from keras_compress.ranges import ESTIMATORS, Observer
+
+BATCHES = [np.random.default_rng(i).normal(i, 2.0, (7, 5, 4, 3)).astype("float32") for i in (0, 1)]
+ALL = np.concatenate(BATCHES)
+
+
+def estimate(kind, axis=None, batches=BATCHES, **kwargs):
+    observer = Observer(kind, axis, **kwargs)
+    for batch in batches:
+        observer.update(batch)
+    return observer.result()
+
+
+def expected(kind, axis):
+    kept = () if axis is None else tuple(4 + i for i in axis)
+    everything = tuple(i for i in range(4) if i not in kept)
+    sample = tuple(i for i in everything if i != 0)
+    options = {"keepdims": True}
+    if kind == "mixed_min_max":
+        kind = "mean_min_max" if axis is None else "min_max"
+    if kind == "min_max":
+        pair = ALL.min(everything, **options), ALL.max(everything, **options)
+    elif kind == "mean_min_max":
+        pair = [f(sample, **options).mean(0, **options) for f in (ALL.min, ALL.max)]
+    elif kind == "percentile":
+        pair = np.percentile(ALL, (0.1, 99.9), everything, **options)
+    elif kind == "mean_percentile":
+        pair = np.percentile(ALL, (0.1, 99.9), sample, **options).mean(1, **options)[:, 0]
+    else:
+        median = np.median(ALL, everything, **options)
+        mad = np.median(abs(ALL - median), everything, **options)
+        pair = median - 3 * 1.4826 * mad, median + 3 * 1.4826 * mad
+    return [a.reshape(()) if axis is None else a for a in pair]
+
+
+@pytest.mark.parametrize("kind", sorted(ESTIMATORS))
+@pytest.mark.parametrize("axis", [None, (-1,), (-2, -1)])
+def test_estimators_equal_their_definition(kind, axis):
+    for result, exact in zip(estimate(kind, axis), expected(kind, axis), strict=True):
+        assert result.dtype == np.float32 and result.shape == exact.shape
+        np.testing.assert_allclose(result, exact, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", sorted(ESTIMATORS))
+def test_batching_does_not_matter(kind):
+    for one, other in zip(estimate(kind), estimate(kind, batches=[ALL]), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", sorted(ESTIMATORS))
+def test_constant_tensor_and_vectors(kind):
+    low, high = estimate(kind, batches=[np.full((3, 4), 2.5)])
+    assert low == high == 2.5
+    low, high = estimate(kind, batches=[np.full(6, -1.0)])
+    assert low == high == -1
+
+
+def test_percentiles_are_the_ones_asked_for():
+    values = np.linspace(0, 1, 1001)[None]
+    low, high = estimate("percentile", batches=[values], min_percentile=10, max_percentile=75)
+    assert (low, high) == pytest.approx((0.1, 0.75), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["percentile", "threesigma"])
+def test_memory_is_bounded_and_the_sample_is_fair(kind, monkeypatch):
+    monkeypatch.setattr(ranges, "SAMPLED_VALUES", 20_000)
+    random = np.random.default_rng(0)
+    observer = Observer(kind, min_percentile=5, max_percentile=95)
+    for mean in (0.0, 0.0, 8.0, 8.0):  # a late half that a first-come sample would miss
+        for _ in range(10):
+            observer.update(random.normal(mean, 1.0, (10, 1000)))
+    assert observer.estimator.rows.size <= 20_000
+    low, high = observer.result()
+    if kind == "percentile":  # 5 % of all is 10 % of one half
+        assert (low, high) == pytest.approx((-1.2816, 8 + 1.2816), abs=0.1)
+    else:
+        assert (low + high) / 2 == pytest.approx(4, abs=2.5)
+
+
+def test_empty_batches_are_passed_over():
+    low, high = estimate("min_max", batches=[np.zeros((0, 3)), np.ones((2, 3))])
+    assert low == high == 1
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_refused(value):
+    with pytest.raises(ValueError, match=r"NaN or infinity in a tensor of shape \(2, 2\)"):
+        Observer("min_max").update([[0.0, 1.0], [value, 2.0]])
+
+
+def test_result_needs_data():
+    with pytest.raises(ValueError, match="seen no data"):
+        Observer("min_max").result()
+
+
+def test_unknown_kind_is_refused():
+    with pytest.raises(ValueError, match="Expected one of.*'mixed_min_max'.*kind='max'"):
+        Observer("max")
+
+
+@pytest.mark.parametrize("low, high", [(-1, 50), (60, 50), (50, 101)])
+def test_percentiles_are_checked(low, high):
+    with pytest.raises(ValueError, match="min_percentile < max_percentile"):
+        Observer("percentile", min_percentile=low, max_percentile=high)
+
+
+def test_the_axis_of_samples_keeps_no_range():
+    with pytest.raises(ValueError, match="Axis 0 counts the samples"):
+        Observer("min_max", axis=(-2,)).update(np.zeros((2, 3)))
