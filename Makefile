@@ -39,11 +39,10 @@ format: setup
 	$(BIN)/ruff format .
 
 bench: setup
-	@set -e; for script in benchmarks/*.py; do \
-		test -e "$$script" || continue; \
-		echo "== $$script"; \
-		$(BIN)/python "$$script"; \
-	done
+	$(BIN)/python -m pip install --quiet -e '.[dev,bench]'
+	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/python benchmarks/compress_time.py
+	$(BIN)/python benchmarks/ir_latency.py
 
 docs: setup
 	$(BIN)/python -m pip install --quiet -e '.[dev,docs]'

@@ -180,12 +180,12 @@ def save_atomically(model, path):
     temporary.replace(path)
 
 
-def train_float(datasets, epochs, batch_size, checkpoint, work):
-    """Trains the float model from scratch, or from the last finished epoch in `work`."""
+def train_float(datasets, epochs, peak, checkpoint, work, start_from=None):
+    """Trains the float model from scratch or from a checkpoint of an earlier cosine cycle."""
     train, validation, test = datasets
-    model = resnet20()
+    model = keras.models.load_model(start_from, compile=False) if start_from else resnet20()
     steps = len(train)
-    compile_model(model, 0.1 * batch_size / 128, epochs * steps, warmup=steps)
+    compile_model(model, peak, epochs * steps, warmup=steps)
     backup = keras.callbacks.BackupAndRestore(work / "float_backup")
     began = time.perf_counter()
     fit(model, train, validation, epochs, [backup])
@@ -292,6 +292,8 @@ def main(
         Path, typer.Option(help="The float model.", show_default="examples/checkpoints/")
     ] = CHECKPOINT,
     work: Annotated[Path, typer.Option(help="Folder for backups and results.")] = WORK,
+    peak: Annotated[float, typer.Option(help="Highest learning rate of the float stage.")] = 0.1,
+    start_from: Annotated[Path | None, typer.Option(help="Float model to train further.")] = None,
 ):
     """Trains ResNet-20 on CIFAR-10 in float, then in int8, and compares both as OpenVINO IR."""
     try:
@@ -301,7 +303,7 @@ def main(
     work.mkdir(parents=True, exist_ok=True)
     keras.utils.set_random_seed(0)
     if stage is Stage.float or (stage is Stage.all and not checkpoint.exists()):
-        train_float(datasets, epochs or 12, batch_size, checkpoint, work)
+        train_float(datasets, epochs or 12, peak * batch_size / 128, checkpoint, work, start_from)
     if stage is Stage.float:
         return
     if not checkpoint.exists():

@@ -1,8 +1,30 @@
 """Training-time model compression for Keras 3, deployed to OpenVINO IR."""
 
 from keras_compress import callbacks, layers, quantizers
-from keras_compress.algorithms import Quantization
+from keras_compress.algorithms import Algorithm, Quantization
 from keras_compress.compress import CompressedModel, compress_model, plan, strip
 from keras_compress.config import Config
+from keras_compress.export import VerifyReport, export, verify
+from keras_compress.options import ConfigError, KeyStatus
+from keras_compress.plan import Plan
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Algorithm",
+    "CompressedModel",
+    "Config",
+    "ConfigError",
+    "KeyStatus",
+    "Plan",
+    "Quantization",
+    "VerifyReport",
+    "callbacks",
+    "compress_model",
+    "export",
+    "layers",
+    "plan",
+    "quantizers",
+    "strip",
+    "verify",
+]

@@ -146,11 +146,13 @@ def fake_quantize(x, parameters, parametrization, training=RangeTraining()):
         Tensor shaped as x.
     """
     implementation = _IMPLEMENTATIONS[keras.backend.backend()]()
-    return implementation(x, tuple(parameters), parametrization, training)
+    parameters = tuple(map(ops.convert_to_tensor, parameters))
+    return implementation(ops.convert_to_tensor(x), parameters, parametrization, training)
 
 
 def nudged_range(parameters, parametrization):
     """Return (low, high, step) of the grid exactly as `fake_quantize` uses it, as tensors."""
+    parameters = map(ops.convert_to_tensor, parameters)
     low, high, step, _ = _grid(*parametrization.bounds(*parameters), parametrization.levels)
     return low, high, step
 

@@ -105,8 +105,7 @@ class Quantizer(Transform, abstract=True):
         return self._range()[:2]
 
     def _range(self):
-        parameters = [ops.convert_to_tensor(v) for v in self.range_variables]
-        grid = nudged_range(parameters, self.parametrization)
+        grid = nudged_range(self.range_variables, self.parametrization)
         return tuple(np.array(ops.convert_to_numpy(tensor)) for tensor in grid)
 
     def variable_shape(self, input_shape):
@@ -153,8 +152,9 @@ class Quantizer(Transform, abstract=True):
                     "`keras_compress.callbacks.Compress()`."
                 )
             return inputs
-        parameters = [ops.convert_to_tensor(v) for v in self.range_variables]
-        return fake_quantize(inputs, parameters, self.parametrization, self._range_training)
+        return fake_quantize(
+            inputs, self.range_variables, self.parametrization, self._range_training
+        )
 
     @property
     def _range_training(self):

@@ -89,7 +89,7 @@ def test_uncalibrated_is_identity_and_refuses_to_train(cls):
     quantizer = cls()
     x = data()
     np.testing.assert_array_equal(numpy(quantizer(x)), x)
-    with pytest.raises(ValueError, match=r"kc\.callbacks\.Compress"):
+    with pytest.raises(ValueError, match=r"callbacks\.Compress\(\)"):
         quantizer(x, training=True)
 
 
@@ -267,9 +267,9 @@ def test_unsigned_grid_replaces_a_relu():
     np.testing.assert_array_equal(numpy(quantizer(np.maximum(x, 0))), numpy(quantizer(x)))
 
 
-@pytest.mark.parametrize("bits", [1, 17, 4.0, True, "8"])
+@pytest.mark.parametrize("bits", [1, 9, 4.0, True, "8"])
 def test_width_is_checked(bits):
-    with pytest.raises(ValueError, match="whole number of bits from 2 to 16. Received: bits="):
+    with pytest.raises(ValueError, match="whole number of bits from 2 to 8. Received: bits="):
         SymmetricQuantizer(bits=bits)
 
 

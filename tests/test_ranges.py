@@ -31,7 +31,7 @@ def expected(kind, axis):
     elif kind == "percentile":
         pair = np.percentile(ALL, (0.1, 99.9), everything, **options)
     elif kind == "mean_percentile":
-        pair = np.percentile(ALL, (0.1, 99.9), sample, **options).mean(1, **options)[:, 0]
+        pair = np.percentile(ALL, (0.1, 99.9), sample, **options).mean(1, **options)
     else:
         median = np.median(ALL, everything, **options)
         mad = np.median(abs(ALL - median), everything, **options)

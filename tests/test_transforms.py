@@ -25,7 +25,7 @@ def test_subclasses_register_themselves_unless_abstract():
 
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
 def test_computes_in_float32_under_every_policy(policy):
-    before = keras.dtype_policies.dtype_policy()
+    before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(policy)
     try:
         transform = Halve()

@@ -1,13 +1,85 @@
 """Shipping a trained model: SavedModel, OpenVINO IR, ONNX, each checked against the model."""
 
-import contextlib
 import logging
 
 import keras
 
+from keras_compress.export.benchmark import benchmark
 from keras_compress.export.child import export_in_child
 from keras_compress.export.files import checked_target, replacing
-from keras_compress.export.onnx import write_onnx
-from keras_compress.export.openvino import write_ir
-from keras_compress.export.saved_model import deployable, signature_names, write_saved_model
+from keras_compress.export.formats import write
+from keras_compress.export.saved_model import signature_names
 from keras_compress.export.verify import VerifyReport, verify
+from keras_compress.layers import PACKAGE
+
+__all__ = ["VerifyReport", "benchmark", "export", "verify"]
+
+SUSPICIOUS = 0.05  # relative difference above which the log says so
+
+logger = logging.getLogger(PACKAGE)
+
+
+def export(model, path, *, verify=True, data=None):
+    """Write a model for deployment; the suffix of the path decides the format.
+
+    | path | format |
+    |---|---|
+    | `model.xml` | OpenVINO IR: int8 weights, `FakeQuantize` on activations; and `model.bin` |
+    | `model.onnx` | ONNX: int8 weights and Q/DQ pairs, for ONNX Runtime, TensorRT and OpenVINO |
+    | `model` | TensorFlow SavedModel directory |
+
+    Names and order of inputs and outputs are the model's, and the batch size stays open. The
+    output appears whole or not at all: an export that fails leaves an earlier file untouched.
+    On JAX and torch the conversion runs in a child process under TensorFlow.
+
+    Args:
+        model: compressed, stripped or plain Keras model (the float baseline).
+        path: where to write, in a folder that exists.
+        verify: whether to run the result on this machine's CPU against the model (see `verify`).
+        data: samples for that comparison. None: random inputs.
+
+    Returns:
+        A `VerifyReport`, or None where `verify` is False.
+
+    Raises:
+        ValueError: unknown suffix; a model that is unbuilt or whose ranges are not set.
+        OSError: the output cannot be written.
+
+    Example:
+
+    >>> report = kc.export(model, "model.xml")
+    >>> report.relative < 1e-3
+    True
+    """
+    target = checked_target(path)
+    input_names, output_names = signature_names(model)
+    arguments = input_names, output_names, _metadata(model)
+    suffixes = (".bin", ".xml") if target.suffix == ".xml" else ()
+    on_tensorflow = keras.backend.backend() == "tensorflow"
+    with replacing(target, *suffixes) as temporary:
+        (write if on_tensorflow else export_in_child)(model, temporary, *arguments)
+    return _verified(model, target, data) if verify else None
+
+
+def _metadata(model):
+    """Return what an exported file says about its origin."""
+    from keras_compress import __version__
+
+    config = getattr(model, "config", None)
+    return {
+        "version": __version__,
+        "model": model.name,
+        "config": config.to_dict() if config is not None else {},
+    }
+
+
+def _verified(model, target, data):
+    report = verify(model, target, data)
+    if not report.relative <= SUSPICIOUS:
+        logger.warning(
+            "%s differs from the trained model by %.2g of the output range on this processor (%s).",
+            target,
+            report.relative,
+            report.device,
+        )
+    return report

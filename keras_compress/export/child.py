@@ -1,8 +1,9 @@
 """Export from a JAX or torch session: the conversion runs in a child process under TensorFlow.
 
-The command is `python -m keras_compress.export.child job.json`.
+The two sides speak through a job file; what the child has to say about a failure reaches the user.
 """
 
+import importlib
 import json
 import os
 import subprocess
@@ -12,6 +13,12 @@ import tempfile
 import keras
 
 from keras_compress.compress import strip
+from keras_compress.export.formats import write
+
+COMMAND = (
+    "import json, sys; job = json.load(open(sys.argv[1])); sys.path[:] = job['search_path']; "
+    "from keras_compress.export.child import run; run(job)"
+)
 
 
 def export_in_child(model, path, input_names, output_names, metadata):
@@ -20,7 +27,8 @@ def export_in_child(model, path, input_names, output_names, metadata):
     Args:
         model: compressed, stripped or plain Keras model, of any backend.
         path: where to write; its suffix decides the format.
-        input_names, output_names: names of the tensors, in the model's order.
+        input_names: names of the input tensors, in the model's order.
+        output_names: the same of the output tensors.
         metadata: JSON-able dict that goes into the file.
 
     Raises:
@@ -54,10 +62,10 @@ def export_in_child(model, path, input_names, output_names, metadata):
         )
 
 
-COMMAND = (
-    "import json, sys\n"
-    "job = json.load(open(sys.argv[1]))\n"
-    "sys.path[:] = job['search_path']\n"
-    "from keras_compress.export.child import run\n"
-    "run(job)\n"
-)
+def run(job):
+    """Carry out a job in the child process."""
+    for module in job["modules"]:  # registers the user's own layer classes
+        if module != "__main__":
+            importlib.import_module(module)
+    model = keras.models.load_model(job["model"], compile=False, safe_mode=False)
+    write(model, job["path"], job["input_names"], job["output_names"], job["metadata"])

@@ -35,7 +35,7 @@ class IntegerWeight(NamedTuple):
         low, high = int(self.codes.min()), int(self.codes.max())
         if high - low <= 3:
             return "u2"
-        return "i4" if -8 <= low and high <= 7 else "i8"
+        return "i4" if low >= -8 and high <= 7 else "i8"
 
 
 def integer_weight(weight, kept_axes):

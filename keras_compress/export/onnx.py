@@ -6,13 +6,12 @@ weights in float: each one that lies on a grid is written as `Constant(int8) -> 
 
 import json
 
-import numpy as np
-
 from keras_compress.export.integer_weights import integer_weight
 from keras_compress.export.saved_model import serving_function
 
 OPSET = 17
-WEIGHTED = {"Conv": 0, "ConvTranspose": 1, "MatMul": -1, "Gather": -1}  # type -> channel axis
+# Operation -> (port of its weight, axis that has a step per index).
+WEIGHTED = {"Conv": (1, 0), "ConvTranspose": (1, 1), "MatMul": (1, -1), "Gather": (0, -1)}
 
 
 def write_onnx(model, path, input_names, output_names, metadata):
@@ -21,14 +20,75 @@ def write_onnx(model, path, input_names, output_names, metadata):
     Args:
         model: a model made by `deployable`.
         path: where to write.
-        input_names, output_names: names of the tensors, in the model's order.
+        input_names: names of the input tensors, in the model's order.
+        output_names: the same of the output tensors.
         metadata: JSON-able dict that goes into the file's `metadata_props`.
     """
     import onnx
-    import tf2onnx
-    from keras.src.export.tf2onnx_lib import patch_tf2onnx
-    patch_tf2onnx()
-    serve = serving_function(model, input_names, output_names)
-    proto, _ = tf2onnx.convert.from_function(serve, serve.input_signature, opset=OPSET)
-    print([ (i.name) for i in proto.graph.input],[ (i.name) for i in proto.graph.output])
+
+    proto = _converted(model, input_names, output_names)
+    use_integer_weights(proto.graph)
+    for key, value in metadata.items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        proto.metadata_props.add(key=f"keras_compress.{key}", value=text)
+    onnx.checker.check_model(proto)
     onnx.save(proto, str(path))
+
+
+def _converted(model, input_names, output_names):
+    import tensorflow as tf
+    import tf2onnx
+
+    serve = serving_function(model, input_names, output_names)
+    eagerly = tf.config.functions_run_eagerly()
+    # Keras wraps grouped convolutions in a compiled function, which tf2onnx cannot look into.
+    tf.config.run_functions_eagerly(True)
+    try:
+        proto, _ = tf2onnx.convert.from_function(serve, serve.input_signature, opset=OPSET)
+    finally:
+        tf.config.run_functions_eagerly(eagerly)
+    return proto
+
+
+def use_integer_weights(graph):
+    """Replace, in place, every float weight that lies on a grid; return how many were."""
+    floats = {t.name: t for t in graph.initializer if t.data_type == t.FLOAT and len(t.dims) >= 2}
+    found, nodes = {}, []
+    for node in graph.node:
+        port, axis = WEIGHTED.get(node.op_type, (None, None))
+        source = floats.get(node.input[port]) if port is not None else None
+        if source is not None:
+            key = source.name, axis
+            if key not in found:
+                found[key] = _dequantized(graph, source, axis)
+                nodes.extend(found[key][1:])
+            node.input[port] = found[key][0]
+        nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
+    _drop_unused(graph)
+    return sum(len(entry) > 1 for entry in found.values())
+
+
+def _dequantized(graph, source, axis):
+    """Return (name of the float tensor, node that makes it), or (name,) where it stays as it is."""
+    from onnx import helper, numpy_helper
+
+    values = numpy_helper.to_array(source)
+    weight = integer_weight(values, (axis,))
+    if weight is None:
+        return (source.name,)
+    names = [f"{source.name}/{part}" for part in ("codes", "step", "zero_point", "dequantized")]
+    arrays = (weight.codes, weight.step.ravel(), (-weight.offset).astype("int8").ravel())
+    for name, array in zip(names, arrays, strict=False):
+        graph.initializer.append(numpy_helper.from_array(array, name))
+    *inputs, output = names
+    axis %= values.ndim
+    return output, helper.make_node("DequantizeLinear", inputs, [output], name=output, axis=axis)
+
+
+def _drop_unused(graph):
+    used = {name for node in graph.node for name in node.input}
+    kept = [tensor for tensor in graph.initializer if tensor.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)

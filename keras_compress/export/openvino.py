@@ -38,13 +38,14 @@ def write_ir(model, path, input_names, output_names, metadata):
     Args:
         model: a model made by `deployable`.
         path: where to write.
-        input_names, output_names: names of the tensors, in the model's order.
+        input_names: names of the input tensors, in the model's order.
+        output_names: the same of the output tensors.
         metadata: JSON-able dict that goes into the model's `rt_info`.
     """
     import openvino as ov
 
     folder = path.with_suffix(".saved_model")
-    write_saved_model(model, folder, input_names, output_names)
+    write_saved_model(model, folder, input_names, output_names, metadata)
     ov_model = _with_names(_read_saved_model(folder), input_names, output_names)
     name_layers(ov_model, model)
     use_integer_weights(ov_model)
@@ -92,7 +93,8 @@ def _names_of(node, port):
 
 def weighted_operations(ov_model):
     """Yield (operation, port of its weight, kept axes) for every operation with a float constant
-    weight."""
+    weight.
+    """
     for op in ov_model.get_ordered_ops():
         kind = op.get_type_name()
         if kind in CONVOLUTIONS:
@@ -151,8 +153,8 @@ def _gather_integers(op, source, weight):
 
     rows = opset15.gather(_integers(weight, source), op.input_value(1), op.input_value(2))
     flat = weight._replace(step=weight.step[0], offset=weight.offset[0])
+    rows.set_friendly_name(op.get_friendly_name())
     dequantized = _dequantized(rows, flat, source)
-    dequantized.set_friendly_name(op.get_friendly_name())
     for reader in op.output(0).get_target_inputs():
         reader.replace_source_output(dequantized.output(0))
 

@@ -1,5 +1,7 @@
 """The forward pass as TensorFlow runs it: what every exported format is made from."""
 
+import json
+
 import keras
 import numpy as np
 
@@ -36,7 +38,9 @@ class FixedFakeQuantize(FakeQuantize):
         if levels > CODES or step.size > 1:
             y = tf.floor(x / step + 0.5) * step
         else:
-            y = tf.quantization.fake_quant_with_min_max_vars(x, *wide_range(low, high, step, levels))
+            y = tf.quantization.fake_quant_with_min_max_vars(
+                x, *wide_range(low, high, step, levels)
+            )
         return tf.cast(y, inputs.dtype)
 
 
@@ -101,7 +105,8 @@ def serving_function(model, input_names, output_names):
 
     Args:
         model: a model made by `deployable`.
-        input_names, output_names: names of the tensors, in the model's order.
+        input_names: names of the input tensors, in the model's order.
+        output_names: the same of the output tensors.
     """
     import tensorflow as tf
 
@@ -119,12 +124,22 @@ def serving_function(model, input_names, output_names):
     return serve
 
 
-def write_saved_model(model, folder, input_names, output_names):
-    """Write a SavedModel directory whose `serving_default` signature has the given names."""
+def write_saved_model(model, path, input_names, output_names, metadata):
+    """Write a SavedModel directory whose `serving_default` signature has the given names.
+
+    Args:
+        model: a model made by `deployable`.
+        path: the directory to make.
+        input_names: names of the input tensors, in the model's order.
+        output_names: the same of the output tensors.
+        metadata: JSON-able dict, written to `assets.extra/keras_compress.json`.
+    """
     import tensorflow as tf
 
-    serve = serving_function(model, input_names, output_names)
     holder = tf.Module()
-    holder.variables_of_model = [variable.value for variable in model.variables]
-    holder.serve = serve
-    tf.saved_model.save(holder, str(folder), signatures=serve)
+    holder.model_variables = [variable.value for variable in model.variables]
+    holder.serve = serving_function(model, input_names, output_names)
+    tf.saved_model.save(holder, str(path), signatures=holder.serve)
+    extra = path / "assets.extra"
+    extra.mkdir()
+    (extra / "keras_compress.json").write_text(json.dumps(metadata, indent=2) + "\n")

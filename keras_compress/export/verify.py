@@ -1,4 +1,4 @@
-"""Is the exported file the trained model? The same inputs through both, and what really ran in 8 bits.
+"""Is the exported file the trained model? Equal inputs through both, and what ran in 8 bits.
 
 The file runs on OpenVINO's CPU plugin with `INFERENCE_PRECISION_HINT=f32`: processors with bfloat16
 arithmetic would otherwise compute the float parts of any model with 8 bits of mantissa, and the
@@ -95,7 +95,9 @@ class VerifyReport(Rendered):
         return keras.tree.map_structure(_finite_or_none, data)
 
     def renderable(self):
-        outputs = Table("output", "largest difference", "of its range", "same top-1", box=box.SIMPLE)
+        outputs = Table(
+            "output", "largest difference", "of its range", "same top-1", box=box.SIMPLE
+        )
         for output in self.outputs:
             top1 = "" if output.top1 is None else f"{output.top1:.2%}"
             outputs.add_row(output.name, f"{output.largest:.3g}", f"{output.relative:.2e}", top1)
@@ -129,12 +131,15 @@ def verify(model, path, data=None, samples=32, seed=0):
         FileNotFoundError: nothing at `path`.
         ValueError: `data` does not fit the model.
     """
-    import openvino as ov
     import pathlib
+
+    import openvino as ov
 
     path = pathlib.Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"Expected an exported model to verify. Received: path={str(path)!r}")
+        raise FileNotFoundError(
+            f"Expected an exported model to verify. Received: path={str(path)!r}"
+        )
     graph = trace(model)
     if data is None:
         inputs = random_inputs(graph, samples, seed)
