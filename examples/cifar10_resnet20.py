@@ -172,11 +172,14 @@ def fit(model, train, validation, epochs, callbacks):
     )
 
 
-def save_atomically(model, path):
-    """Saves the model without optimizer state; an interrupted save leaves no broken file."""
+def save_float(model, path):
+    """Saves a copy of `resnet20()` without optimizer; an interrupted save leaves no broken file."""
+    # A `.keras` file holds the optimizer's variables whenever the model is compiled.
+    plain = resnet20()
+    plain.set_weights(model.get_weights())
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"unfinished_{path.name}")
-    model.save(temporary, include_optimizer=False)
+    plain.save(temporary)
     temporary.replace(path)
 
 
@@ -190,7 +193,7 @@ def train_float(datasets, epochs, peak, checkpoint, work, start_from=None):
     began = time.perf_counter()
     fit(model, train, validation, epochs, [backup])
     seconds = time.perf_counter() - began
-    save_atomically(model, checkpoint)
+    save_float(model, checkpoint)
     accuracy = model.evaluate(test, verbose=0, return_dict=True)["accuracy"]
     print(f"float: test accuracy {accuracy:.4f}, {epochs} epochs, {seconds:.0f} s -> {checkpoint}")
 

@@ -7,6 +7,7 @@ from keras_compress.config import Config
 from keras_compress.export import VerifyReport, export, verify
 from keras_compress.options import ConfigError, KeyStatus
 from keras_compress.plan import Plan
+from keras_compress.report import Report, report
 
 __version__ = "0.1.0"
 
@@ -18,6 +19,7 @@ __all__ = [
     "KeyStatus",
     "Plan",
     "Quantization",
+    "Report",
     "VerifyReport",
     "callbacks",
     "compress_model",
@@ -25,6 +27,7 @@ __all__ = [
     "layers",
     "plan",
     "quantizers",
+    "report",
     "strip",
     "verify",
 ]

@@ -57,7 +57,7 @@ class CompressedModel(keras.Model):
         inner = getattr(self.optimizer, "inner_optimizer", self.optimizer)
         ranges = [v for quantizer in self.quantizers() for v in quantizer.range_variables]
         if ranges and inner is not None and not inner.built:
-            inner.exclude_from_weight_decay(var_list=ranges)
+            exclude_from_weight_decay(inner, ranges)
 
     def compile_from_config(self, config):
         """Compile as the saved model was; Keras asks for this wherever `compile` is overridden."""
@@ -155,8 +155,8 @@ def strip(model):
 
 def quantizers_of(model):
     """Return every `Quantizer` inside a model, each once."""
-    layers = model._flatten_layers(include_self=False, recursive=True)
-    return list({id(layer): layer for layer in layers if isinstance(layer, Quantizer)}.values())
+    found = {id(x): x for x in all_layers(model) if isinstance(x, Quantizer)}
+    return list(found.values())
 
 
 def require_ready(model):

@@ -1,5 +1,7 @@
 """Calibration data: whatever `model.fit` accepts becomes batches of model inputs."""
 
+import itertools
+
 import keras
 import numpy as np
 
@@ -38,7 +40,10 @@ def input_batches(data, inputs, samples, batch_size=32):
 
 def _batches(data, batch_size):
     if isinstance(data, keras.utils.PyDataset):
-        return (data[index] for index in range(data.num_batches or 0))
+        endless = data.num_batches is None
+        return (data[index] for index in (itertools.count() if endless else range(data.num_batches)))
+    if isinstance(data, list) and any(isinstance(batch, (tuple, dict)) for batch in data):
+        return iter(data)
     arrays = keras.tree.flatten(data)
     if all(hasattr(leaf, "shape") and hasattr(leaf, "__getitem__") for leaf in arrays) and arrays:
         return _slices(data, arrays, batch_size)
@@ -84,6 +89,12 @@ def _inputs_of(batch, inputs):
 
 
 def _check(arrays, inputs, index):
+    lengths = sorted({len(array) for array in arrays if array.ndim})
+    if len(lengths) > 1:
+        raise ValueError(
+            f"Calibration batch {index} does not fit together. Expected one number of samples in "
+            f"all inputs. Received: {lengths}."
+        )
     for array, tensor in zip(arrays, inputs, strict=True):
         fits = len(array.shape) == len(tensor.shape) and all(
             want is None or want == got

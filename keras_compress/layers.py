@@ -9,11 +9,15 @@ The raw (latent) weight is what the optimizer trains and what is saved. `LAYERS`
 supported Keras class; a new layer type is one row and its short class.
 """
 
+import contextlib
+import contextlib
 import dataclasses
+import inspect
 import types
 
 import keras
 import numpy as np
+from keras.src.backend.common.stateless_scope import in_stateless_scope
 
 from keras_compress.quantizers import Quantizer, SymmetricQuantizer
 from keras_compress.ranges import Observer
@@ -88,6 +92,40 @@ def compressed_class(layer):
         KeyError: the layer's class has no row in `LAYERS`.
     """
     return FAKE_QUANT_LAYERS[type(layer)]
+
+
+def clone_layer(layer, name):
+    """Return a fresh layer of the same configuration, without weights.
+
+    Raises:
+        ValueError: the layer cannot be made again from its configuration.
+    """
+    try:
+        config = layer.get_config() | {"name": name}
+        if isinstance(layer, keras.layers.Lambda):
+            # Its functions may not survive serialization, and have no need to.
+            functions = ("function", "mask", "arguments", "_output_shape")
+            config |= {key.lstrip("_"): getattr(layer, key) for key in functions}
+            return type(layer)(**config)
+        if type(layer).from_config.__func__ is keras.layers.Layer.from_config.__func__:
+            config = _accepted(type(layer), config)
+        twin = type(layer).from_config(config)
+    except Exception as error:  # whatever a user's `get_config` or constructor may raise
+        raise ValueError(
+            f"Layer '{name}' ({type(layer).__name__}) cannot be copied: expected that "
+            "`from_config(get_config())` makes it again. Give it a `get_config` with every argument "
+            f"of its constructor. Received: {type(error).__name__}: {error}"
+        ) from error
+    twin.name = name
+    return twin
+
+
+def _accepted(cls, config):
+    """Leave out what a constructor without `**kwargs` does not take: name, dtype, trainable."""
+    parameters = inspect.signature(cls.__init__).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return config
+    return {key: value for key, value in config.items() if key in parameters}
 
 
 class CompressedLayer:
@@ -168,6 +206,7 @@ class CompressedLayer:
         ]
 
     def _transformed(self, weight):
+        self._initialize_missing_ranges()
         value = self.raw_weight(weight)
         for transform in self.transforms_of(weight):
             value = transform(value)
@@ -186,7 +225,27 @@ class CompressedLayer:
             for transform in self.transforms_of(weight):
                 if not transform.built:
                     transform.build(tuple(self.raw_weight(weight).shape))
-        self.initialize_ranges()
+        self._initialize_missing_ranges()
+
+    def _initialize_missing_ranges(self):
+        """Set ranges that are not set yet, as soon as the weights have values.
+
+        A layer inside a subclassed model is built symbolically, before its variables exist.
+        """
+        transforms = [t for name in self.weight_names for t in self.transforms_of(name)]
+        if all(t.calibrated for t in transforms if isinstance(t, Quantizer)):
+            return
+        if any(self.raw_weight(name)._value is None for name in self.weight_names):
+            return
+        if in_stateless_scope():
+            if keras.backend.backend() == "jax":
+                raise ValueError(
+                    f"Layer '{self.name}' has quantizers without a range. Call the model on a batch "
+                    "once before it is trained or traced."
+                )
+            return
+        with _eagerly():
+            self.initialize_ranges()
 
     def initialize_ranges(self, make_observer=Observer, force=False):
         """Set the range of the weight quantizers from the weights that reach them.
@@ -198,11 +257,12 @@ class CompressedLayer:
         for weight in self.weight_names:
             for quantizer in self.transforms_of(weight):
                 if isinstance(quantizer, Quantizer) and (force or not quantizer.calibrated):
-                    observer = make_observer(axis=quantizer.axis)
-                    observer.update(self.raw_weight(weight).numpy()[None])
-                    low, high = observer.result()
-                    shape = quantizer.variable_shape(self.raw_weight(weight).shape)
-                    quantizer.set_range(low.reshape(shape), high.reshape(shape))
+                    with _outside_of_graphs():
+                        observer = make_observer(axis=quantizer.axis)
+                        observer.update(self.raw_weight(weight).numpy()[None])
+                        low, high = observer.result()
+                        shape = quantizer.variable_shape(self.raw_weight(weight).shape)
+                        quantizer.set_range(low.reshape(shape), high.reshape(shape))
 
     # Conv and Dense save what their `kernel` property returns, which is the transformed weight.
     def save_own_variables(self, store):
@@ -224,6 +284,24 @@ class CompressedLayer:
             if self.transforms_of(weight)
         }
         return super().get_config() | {"transforms": transforms}
+
+
+def _outside_of_graphs():
+    """Context in which variables can be read: a layer may be built while TensorFlow traces."""
+    if keras.backend.backend() != "tensorflow":
+        return contextlib.nullcontext()
+    import tensorflow as tf
+
+    return tf.init_scope()
+
+
+def _eagerly():
+    """Leave the function that TensorFlow is tracing, if any: variables have values outside."""
+    if keras.backend.backend() != "tensorflow":
+        return contextlib.nullcontext()
+    import tensorflow as tf
+
+    return tf.init_scope()
 
 
 def _revive(transform):
@@ -333,6 +411,15 @@ class FakeQuantEinsumDense(FakeQuant, keras.layers.EinsumDense):
 
 class FakeQuantEmbedding(FakeQuant, keras.layers.Embedding):
     """`keras.layers.Embedding` that looks up fake-quantized vectors."""
+
+
+def exclude_from_weight_decay(optimizer, variables):
+    """Keep variables out of an optimizer's weight decay, beside those that the user excluded."""
+    excluded = getattr(optimizer, "_exclude_from_weight_decay", set())
+    pattern = getattr(optimizer, "_exclude_from_weight_decay_pattern", None)
+    optimizer.exclude_from_weight_decay(var_list=variables)
+    optimizer._exclude_from_weight_decay |= excluded
+    optimizer._exclude_from_weight_decay_pattern = pattern
 
 
 @keras.saving.register_keras_serializable(PACKAGE)

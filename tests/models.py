@@ -8,6 +8,9 @@ import keras
 import numpy as np
 from keras import layers, ops
 
+from keras_compress.graph.rebuild import rebuild
+from keras_compress.graph.trace import trace
+
 MODELS = {}  # name -> function that makes the model
 OPAQUE = {  # model -> layer that stays whole, and a word of the reason
     "own_weights": ("scaled", "own"),
@@ -38,7 +41,7 @@ def inputs_for(model, samples=4, seed=0):
 
     if getattr(model, "example", None) is not None:
         return keras.tree.map_structure(make, model.example)
-    return keras.tree.map_structure(make, model.input)
+    return keras.tree.map_structure(make, rebuild(trace(model)).input)
 
 
 def randomize(model, seed=1):
@@ -470,7 +473,7 @@ def data_dependent():
 
 @collected
 def functional_subclass():
-    inputs = keras.Input((6,), name="features")
+    inputs = keras.Input((4,), name="hidden")
     inner = PatchedFunctional(inputs, layers.Dense(4, name="dense")(inputs), name="patched")
     return _around(inner, "functional_subclass")
 

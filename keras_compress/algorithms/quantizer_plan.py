@@ -86,16 +86,24 @@ def _weight_entry(options, config, node, weight, is_first, common):
 def _edge_entry(options, group, common):
     edge = group.edges[0]
     spec = options.activation_spec(edge.name)
-    axis = None
-    if spec.per_channel and all(
-        isinstance(node.op, DEPTHWISE) for node, _ in group.readers if node
-    ):
-        axis = (-1,) if keras.config.image_data_format() == "channels_last" else (-3,)
+    axis = _depthwise_channels(group) if spec.per_channel else None
     kind = AsymmetricQuantizer if spec.mode == "asymmetric" else SymmetricQuantizer
     arguments = {"bits": spec.bits, "axis": axis, "signed": spec.signed, **common}
     text = f"{spec.bits} bits {spec.mode} {'per channel' if axis else 'per tensor'}"
-    name = edge.name.replace(":", "_") + FAKE_QUANTIZE
+    name = edge.name + FAKE_QUANTIZE
     return EdgeEntry(name, group, functools.partial(kind, **arguments), text)
+
+
+def _depthwise_channels(group):
+    """Return the channel axis where only depthwise convolutions read, else None.
+
+    Any other reader sums over the channels, which takes one scale in integer arithmetic.
+    """
+    readers = [node.op if node else None for node, _ in group.readers]
+    if not all(isinstance(op, DEPTHWISE) for op in readers):
+        return None
+    axes = {-1 if op.data_format == "channels_last" else -1 - op.rank for op in readers}
+    return tuple(axes) if len(axes) == 1 else None
 
 
 def _edge_groups(options, graph):
@@ -174,7 +182,9 @@ def _why_float(options, node, readers):
     if node.reason:
         return node.reason
     role = node.role
-    if role in (Role.MOVEMENT, Role.FAKE_QUANTIZE) or folded_into(node) is not None:
+    if role in (Role.MOVEMENT, Role.FAKE_QUANTIZE):
+        return ""
+    if role in (Role.NORMALIZATION, Role.ACTIVATION) and folded_into(node) is not None:
         return ""
     if role is Role.FLOAT:
         return _why_unsupported(node.op)

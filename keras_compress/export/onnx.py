@@ -27,6 +27,8 @@ def write_onnx(model, path, input_names, output_names, metadata):
     import onnx
 
     proto = _converted(model, input_names, output_names)
+    for values, names in ((proto.graph.input, input_names), (proto.graph.output, output_names)):
+        _arrange(values, names)
     use_integer_weights(proto.graph)
     for key, value in metadata.items():
         text = value if isinstance(value, str) else json.dumps(value)
@@ -48,6 +50,16 @@ def _converted(model, input_names, output_names):
     finally:
         tf.config.run_functions_eagerly(eagerly)
     return proto
+
+
+def _arrange(values, names):
+    """Put the inputs or outputs of a graph into the order of `names`; name the batch axis."""
+    by_name = {value.name: value for value in values}
+    arranged = [by_name[name] for name in names]
+    for value in arranged:
+        value.type.tensor_type.shape.dim[0].dim_param = "batch"
+    del values[:]
+    values.extend(arranged)
 
 
 def use_integer_weights(graph):

@@ -125,7 +125,7 @@ def verify(model, path, data=None, samples=32, seed=0):
         seed: of the random inputs.
 
     Returns:
-        A `VerifyReport`, also written to `<name>.verify.json`.
+        A `VerifyReport`, also written to `<path>.verify.json`.
 
     Raises:
         FileNotFoundError: nothing at `path`.
@@ -164,7 +164,7 @@ def verify(model, path, data=None, samples=32, seed=0):
         layers=layer_precisions(compiled, [node.name for node in graph.nodes]),
         device=core.get_property("CPU", "FULL_DEVICE_NAME"),
     )
-    target = path.with_suffix(".verify.json")
+    target = path.with_name(f"{path.name}.verify.json")
     with replacing(target) as temporary:
         temporary.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
     return report

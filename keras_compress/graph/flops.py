@@ -42,9 +42,9 @@ def _weighted_flops(node):
     positions_of = node.inputs[0] if transposed else node.output
     kernels = [getattr(layer, name).shape for name in layer_spec(layer).weights]
     if isinstance(layer, keras.layers.EinsumDense):
-        kept = layer_spec(layer).channel_axes(layer, "kernel")
-        output_channels = math.prod(kernels[0][axis] for axis in kept)
-        return 2 * math.prod(kernels[0]) * (_size(node.output.shape) // max(output_channels, 1))
+        inputs, labels = layer.equation.replace(" ", "").partition("->")[0].split(",")
+        shared = math.prod(d for d, label in zip(kernels[0], labels, strict=True) if label in inputs)
+        return 2 * math.prod(kernels[0]) * (_size(node.inputs[0].shape) // max(shared, 1))
     if isinstance(layer, keras.layers.Dense):
         return 2 * math.prod(kernels[0]) * _size(node.output.shape[:-1])
     channels_first = layer.data_format == "channels_first"

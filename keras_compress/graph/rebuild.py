@@ -3,13 +3,12 @@
 Everything that changes a model's structure goes through here: `compress_model`, `strip`, export.
 """
 
-import copy
 import functools
 
 import keras
 
-from keras_compress.graph.walk import Edge
-from keras_compress.layers import CompressedLayer
+from keras_compress.graph.walk import Edge, copy_operation
+from keras_compress.layers import CompressedLayer, clone_layer
 
 
 def rebuild(graph, swap=None, quantize=(), model_class=keras.Model, **model_kwargs):
@@ -46,7 +45,7 @@ def rebuild(graph, swap=None, quantize=(), model_class=keras.Model, **model_kwar
         first_call = node.name not in layers
         if first_call:
             replacement = swap(node) if swap is not None else None
-            layers[node.name] = replacement or clone(node.op, node.name)
+            layers[node.name] = replacement or _clone(node.op, node.name)
         arguments = (list(node.args), node.kwargs)
         args, kwargs = keras.tree.map_structure(functools.partial(read, node), arguments)
         outputs = keras.tree.flatten(layers[node.name](*args, **kwargs))
@@ -60,24 +59,10 @@ def rebuild(graph, swap=None, quantize=(), model_class=keras.Model, **model_kwar
     return model_class(inputs, outputs, name=graph.name, **model_kwargs)
 
 
-def clone(op, name):
-    """Return a fresh copy of a layer (without its weights) or of a bare operation.
-
-    A layer that cannot be made again from its configuration is deep-copied.
-    """
-    if not isinstance(op, keras.layers.Layer):
-        twin = copy.copy(op)
-        twin.name, twin._inbound_nodes, twin._outbound_nodes = name, [], []
-        return twin
-    try:
-        return type(op).from_config(op.get_config() | {"name": name})
-    except Exception:  # a user's layer may have an incomplete `get_config`
-        nodes = op._inbound_nodes, op._outbound_nodes
-        op._inbound_nodes, op._outbound_nodes = [], []  # they reach the whole model
-        try:
-            return copy.deepcopy(op)
-        finally:
-            op._inbound_nodes, op._outbound_nodes = nodes
+def _clone(op, name):
+    if isinstance(op, keras.layers.Layer):
+        return clone_layer(op, name)
+    return copy_operation(op, name)
 
 
 def copy_weights(old, new):

@@ -5,13 +5,13 @@ are called once on symbolic tensors, which records their inner layers and `keras
 What cannot be seen through is kept whole, and its node says why.
 """
 
-import copy
+import contextlib
 import inspect
 import re
 
 import keras
 
-from keras_compress.graph.walk import SEPARATOR, Edge, Graph, Node
+from keras_compress.graph.walk import SEPARATOR, Edge, Graph, Node, copy_operation
 from keras_compress.layers import layer_spec
 
 COMPOSITE_LAYERS = tuple(
@@ -46,17 +46,25 @@ def trace(model):
             "batch, or `model.build(input_shape)`, or start it with `keras.Input`. "
             f"Received: model={model!r}"
         )
-    function = _own_graph(model) or _subclassed_graph(model)
-    return _Tracer(model).graph(model.name, function)
+    with _nodes_restored(model):
+        function = _own_graph(model) or _called_graph(model)
+        return _Tracer(model).graph(model.name, function)
+
+
+def accepts_training(op):
+    """Whether an operation is a layer whose `call` takes `training`."""
+    return "training" in getattr(op, "_call_context_args", ())
 
 
 class _Tracer:
     """Collects nodes while walking into nested graphs; names stay unique."""
 
     def __init__(self, model):
+        self.model = model
         self.nodes = []
         self.names = {}  # id(op) -> name; shared operations are named once
         self.taken = set()
+        self.edge_names = set()
         self.clones = {}  # id(original op) -> (copy of a bare operation | replacement layers)
         self.kept = []  # keeps ids valid while tracing
         layers = model._flatten_layers(include_self=False, recursive=True)
@@ -70,6 +78,7 @@ class _Tracer:
         for tensor in function.inputs:
             edges[id(tensor)] = Edge(tuple(tensor.shape), tensor.dtype, tensor.name)
             self.taken.add(tensor.name)
+            self.edge_names.add(tensor.name)
         inputs = keras.tree.map_structure(lambda t: edges[id(t)], function._inputs_struct)
         self.walk(function, edges, path="")
         outputs = keras.tree.map_structure(lambda t: edges[id(t)], function._outputs_struct)
@@ -107,7 +116,8 @@ class _Tracer:
         leaves = keras.tree.flatten([args, kwargs])
         given = [leaf for leaf in leaves if isinstance(leaf, Edge)]
         edges = {id(t): edge for t, edge in zip(inner.inputs, given, strict=True)}
-        self.walk(inner, edges, path=self.name(op, path) + SEPARATOR)
+        inner_path = "" if op is self.model else self.name(op, path) + SEPARATOR
+        self.walk(inner, edges, inner_path)
         return [edges[id(t)] for t in inner.outputs]
 
     def leaf(self, op, args, kwargs, outputs, path, reason=""):
@@ -115,18 +125,16 @@ class _Tracer:
         if not isinstance(op, keras.layers.Layer):
             op = self.bare_operation(op, name)
         node = Node(name, op, tuple(args), kwargs, reason=reason)
-        for index, tensor in enumerate(outputs):
-            suffix = f":{index}" if index else ""
-            node.outputs.append(Edge(tuple(tensor.shape), tensor.dtype, name + suffix, node))
+        for tensor in outputs:
+            edge_name = _unique(name, self.edge_names, f"{SEPARATOR}output")
+            node.outputs.append(Edge(tuple(tensor.shape), tensor.dtype, edge_name, node))
         self.nodes.append(node)
         return node.outputs
 
     def bare_operation(self, op, name):
         """Copy a stateless `keras.ops` operation so that the user's own graph is left alone."""
         if id(op) not in self.clones:
-            clone = copy.copy(op)
-            clone.name, clone._inbound_nodes, clone._outbound_nodes = name, [], []
-            self.clones[id(op)] = clone
+            self.clones[id(op)] = copy_operation(op, name)
             self.kept.append(op)
         return self.clones[id(op)]
 
@@ -144,12 +152,7 @@ class _Tracer:
         if id(op) not in self.names:
             bare = not isinstance(op, keras.layers.Layer)
             base = path + (re.sub(r"_\d+$", "", op.name) if bare and path else op.name)
-            name, count = base, 0
-            while name in self.taken:
-                count += 1
-                name = f"{base}_{count}"
-            self.taken.add(name)
-            self.names[id(op)] = name
+            self.names[id(op)] = _unique(base, self.taken, "_")
             self.kept.append(op)
         return self.names[id(op)]
 
@@ -177,8 +180,20 @@ def _is_composite(op):
     return bool(op._flatten_layers(include_self=False, recursive=False))
 
 
+def _unique(base, taken, joint):
+    """Return `base`, numbered where it is taken already, and take it."""
+    name, count = base, 0
+    while name in taken:
+        count += 1
+        name = f"{base}{joint}{count}"
+    taken.add(name)
+    return name
+
+
 def _own_graph(op):
     """Return the graph that a Functional or Sequential model already carries, or None."""
+    if type(op).call.__module__.partition(".")[0] != "keras":
+        return None  # the user's subclass does more than its graph
     if isinstance(op, keras.Sequential):
         return op._functional
     return op if isinstance(op, keras.Function) else None
@@ -203,14 +218,16 @@ def _call_symbolically(op, args, kwargs):
         return keras.Function(inputs, op.call(*new_args, **new_kwargs))
 
     try:
-        function = record()
-        if "training" in inspect.signature(op.call).parameters:
-            kinds = [
-                [type(node.operation) for node in _nodes_of(record(training=flag))]
-                for flag in (True, False)
-            ]
-            if kinds[0] != kinds[1]:
-                return None, "runs other operations in training than in inference"
+        parameters = inspect.signature(op.call).parameters
+        if "training" not in parameters:
+            function = record()
+        elif _described(record(training=True)) != _described(record(training=False)):
+            return None, "runs other operations in training than in inference"
+        elif "training" in inspect.signature(op.call).bind(*args, **kwargs).arguments:
+            function = record()
+        else:
+            # A default of False is no decision: inner layers are to follow the outer model.
+            function = record(training=parameters["training"].default is True or None)
         if any(_holds_variable(node) for node in _nodes_of(function)):
             return None, "uses variables outside of a layer"
     except Exception as error:  # whatever a user's `call` may raise on symbolic tensors
@@ -225,21 +242,37 @@ def _nodes_of(function):
     return [node for depth in depths for node in function._nodes_by_depth[depth]]
 
 
+def _described(function):
+    """Return what a `Function` does, comparable between two records of the same `call`."""
+
+    def describe(node):
+        op, arguments = node.operation, node.arguments
+        kwargs = {key: value for key, value in arguments.kwargs.items() if key != "training"}
+        leaves = keras.tree.flatten([list(arguments.args), kwargs])
+        constants = [repr(leaf) for leaf in leaves if not isinstance(leaf, keras.KerasTensor)]
+        if isinstance(op, keras.layers.Layer):
+            return id(op), constants
+        settings = {k: v for k, v in vars(op).items() if k != "name" and not k.startswith("_")}
+        return type(op), repr(settings), constants
+
+    return [describe(node) for node in _nodes_of(function) if not node.is_input]
+
+
 def _holds_variable(keras_node):
     arguments = keras_node.arguments
     leaves = keras.tree.flatten([list(arguments.args), dict(arguments.kwargs)])
     return any(isinstance(leaf, keras.Variable) for leaf in leaves)
 
 
-def _subclassed_graph(model):
-    """Record a subclassed model's `call` on inputs of the shapes it was built with."""
+def _called_graph(model):
+    """Return a graph of one node: a subclassed model called on inputs of its build shapes."""
     shapes = model._build_shapes_dict or {}
     structures = {key.removesuffix("_shape"): shape for key, shape in shapes.items()}
     if set(structures) == {"input"}:
         structures = {next(iter(inspect.signature(model.call).parameters)): structures["input"]}
 
     def make_input(shape):
-        return keras.Input(batch_shape=(None, *shape[1:]), dtype=model.input_dtype)
+        return keras.Input(batch_shape=(None, *shape[1:]), dtype=model.variable_dtype)
 
     kwargs = {
         name: keras.tree.map_shape_structure(make_input, shape)
@@ -248,15 +281,21 @@ def _subclassed_graph(model):
     inputs = keras.tree.flatten(kwargs)
     for index, tensor in enumerate(inputs):
         tensor.name = "input" if len(inputs) == 1 else f"input_{index}"
+    structure = next(iter(kwargs.values())) if len(kwargs) == 1 else inputs
+    return keras.Function(structure, model(**kwargs))
+
+
+@contextlib.contextmanager
+def _nodes_restored(model):
+    """Take back the nodes that symbolic calls add to the layers of the user's model."""
+    layers = model._flatten_layers(include_self=True, recursive=True)
+    counts = [(x, len(x._inbound_nodes), len(x._outbound_nodes)) for x in layers]
     try:
-        function = keras.Function(
-            next(iter(kwargs.values())) if len(kwargs) == 1 else inputs, model.call(**kwargs)
-        )
-    except Exception:  # kept whole: the model itself becomes the single opaque node
-        function = keras.Function(
-            next(iter(kwargs.values())) if len(kwargs) == 1 else inputs, model(**kwargs)
-        )
-    return function
+        yield
+    finally:
+        for layer, inbound, outbound in counts:
+            del layer._inbound_nodes[inbound:]
+            del layer._outbound_nodes[outbound:]
 
 
 def _split_separable(layer, name):

@@ -16,6 +16,19 @@ from keras_compress.layers import FakeQuantize, layer_spec
 SEPARATOR = "-"
 
 
+def all_layers(model):
+    """Return every layer inside a model, at any depth: quantizers of weights and edges too."""
+    return list(model._flatten_layers(include_self=False, recursive=True))
+
+
+def copy_operation(op, name):
+    """Return a copy of a stateless operation that belongs to no graph yet."""
+    twin = object.__new__(type(op))
+    vars(twin).update(vars(op))
+    twin.name, twin._inbound_nodes, twin._outbound_nodes = name, [], []
+    return twin
+
+
 class Role(enum.Enum):
     """What an operation does to the values of its inputs."""
 

@@ -3,14 +3,14 @@
 import keras
 import numpy as np
 
-from keras_compress.graph.trace import trace
+from keras_compress.graph.trace import accepts_training, trace
 
 
 def adapt_batch_norm(model, batches):
     """Replace the moving statistics of every batch normalization by those of `batches`.
 
     Each layer's `moving_mean` and `moving_variance` become the plain average of its batch
-    statistics: at batch k (from 0) the momentum is `k / (k + 1)`. Only batch normalization runs in
+    statistics: at call k (from 0) the momentum is `k / (k + 1)`. Only batch normalization runs in
     training mode, so dropout stays off and no other variable changes.
 
     Args:
@@ -26,18 +26,18 @@ def adapt_batch_norm(model, batches):
     if not layers:
         return
     momenta = [layer.momentum for layer in layers]
+    calls = dict.fromkeys(layers, 0)  # a shared layer is called more than once per batch
 
     def call(node, *args, **kwargs):
-        if isinstance(node.op, keras.layers.Layer):
-            accepts = "training" in node.op._call_context_args
-            flag = {"training": node.op in layers} if accepts else {}
-            return node.op(*args, **(kwargs | flag))
-        return node.op(*args, **kwargs)
+        adapts = node.op in calls
+        if adapts:
+            node.op.momentum = calls[node.op] / (calls[node.op] + 1)
+            calls[node.op] += 1
+        flag = {"training": adapts} if accepts_training(node.op) else {}
+        return node.op(*args, **(kwargs | flag))
 
     try:
-        for count, inputs in enumerate(batches):
-            for layer in layers:
-                layer.momentum = count / (count + 1)
+        for inputs in batches:
             tensors = [keras.ops.convert_to_tensor(np.asarray(array)) for array in inputs]
             graph.run(tensors, call)
     finally:

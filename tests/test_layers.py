@@ -1,0 +1,310 @@
+"""Contracts over every compressed layer class, and the edge layer."""
+
+import keras
+import numpy as np
+import pytest
+from backend_helpers import BACKEND, layer_gradients, numpy
+from keras import layers, ops
+
+from keras_compress.layers import (
+    FAKE_QUANT_LAYERS,
+    LAYERS,
+    FakeQuantConv2D,
+    FakeQuantDense,
+    FakeQuantize,
+    clone_layer,
+    compressed_class,
+    layer_spec,
+)
+from keras_compress.quantizers import AsymmetricQuantizer, SymmetricQuantizer
+
+# Keras class -> (constructor arguments, input shape)
+CASES = {
+    layers.Conv1D: ({"filters": 4, "kernel_size": 3}, (2, 8, 3)),
+    layers.Conv2D: ({"filters": 4, "kernel_size": 3, "activation": "relu"}, (2, 6, 6, 3)),
+    layers.Conv3D: ({"filters": 4, "kernel_size": 2}, (2, 4, 4, 4, 3)),
+    layers.Conv1DTranspose: ({"filters": 4, "kernel_size": 3}, (2, 8, 3)),
+    layers.Conv2DTranspose: ({"filters": 4, "kernel_size": 3, "strides": 2}, (2, 6, 6, 3)),
+    layers.Conv3DTranspose: ({"filters": 4, "kernel_size": 2}, (2, 4, 4, 4, 3)),
+    layers.DepthwiseConv1D: ({"kernel_size": 3, "depth_multiplier": 2}, (2, 8, 3)),
+    layers.DepthwiseConv2D: ({"kernel_size": 3, "depth_multiplier": 2}, (2, 6, 6, 3)),
+    layers.SeparableConv1D: ({"filters": 4, "kernel_size": 3}, (2, 8, 3)),
+    layers.SeparableConv2D: ({"filters": 4, "kernel_size": 3, "strides": 2}, (2, 6, 6, 3)),
+    layers.Dense: ({"units": 4, "use_bias": False}, (2, 5)),
+    layers.EinsumDense: (
+        {"equation": "abc,cde->abde", "output_shape": (None, 2, 3), "bias_axes": "de"},
+        (2, 4, 5),
+    ),
+    layers.Embedding: ({"input_dim": 7, "output_dim": 4}, (2, 5)),
+}
+SCALE_SHAPES = {
+    layers.Conv1D: (1, 1, 4),
+    layers.Conv2D: (1, 1, 1, 4),
+    layers.Conv3D: (1, 1, 1, 1, 4),
+    layers.Conv1DTranspose: (1, 4, 1),
+    layers.Conv2DTranspose: (1, 1, 4, 1),
+    layers.Conv3DTranspose: (1, 1, 1, 4, 1),
+    layers.DepthwiseConv1D: (1, 3, 2),
+    layers.DepthwiseConv2D: (1, 1, 3, 2),
+    layers.SeparableConv1D: (1, 3, 1),
+    layers.SeparableConv2D: (1, 1, 3, 1),
+    layers.Dense: (1, 4),
+    layers.EinsumDense: (1, 2, 3),
+    layers.Embedding: (1, 4),
+}
+every_layer = pytest.mark.parametrize("cls", LAYERS, ids=lambda cls: cls.__name__)
+
+
+def data(cls, seed=0):
+    random = np.random.default_rng(seed)
+    shape = CASES[cls][1]
+    if not LAYERS[cls].float_input:
+        return random.integers(0, 7, shape).astype("int32")
+    return random.normal(size=shape).astype("float32")
+
+
+def made(cls, **kwargs):
+    """Return a built fake-quantized layer with random weights and ranges that fit them."""
+    layer = FAKE_QUANT_LAYERS[cls](**CASES[cls][0], **kwargs)
+    layer.build(CASES[cls][1])
+    random = np.random.default_rng(1)
+    for variable in layer.plain_weights:
+        variable.assign(random.normal(size=variable.shape))
+    layer.initialize_ranges(force=True)
+    return layer
+
+
+def plain_twin(layer):
+    plain = layer.keras_class(**CASES[layer.keras_class][0], dtype=layer.dtype_policy)
+    plain.build(CASES[layer.keras_class][1])
+    plain.set_weights(layer.plain_values())
+    return plain
+
+
+def test_every_row_has_a_class_and_a_case():
+    assert set(LAYERS) == set(FAKE_QUANT_LAYERS) == set(CASES)
+
+
+@every_layer
+def test_output_equals_the_plain_layer_with_the_effective_weight(cls):
+    layer = made(cls)
+    plain = plain_twin(layer)
+    for weight in layer.weight_names:
+        effective, raw = layer.effective_weight(weight), numpy(layer.raw_weight(weight))
+        assert 0 < abs(effective - raw).max() < 0.1
+        np.testing.assert_array_equal(numpy(getattr(plain, weight)), effective)
+    np.testing.assert_array_equal(numpy(layer(data(cls))), numpy(plain(data(cls))))
+
+
+@every_layer
+def test_one_scale_per_output_channel_by_default(cls):
+    layer = made(cls)
+    weight = layer.weight_names[0]
+    (quantizer,) = layer.transforms_of(weight)
+    assert tuple(quantizer.scale.shape) == SCALE_SHAPES[cls]
+    raw = numpy(layer.raw_weight(weight))
+    axes = tuple(i for i, size in enumerate(SCALE_SHAPES[cls]) if size == 1)
+    expected = abs(raw).max(axis=axes, keepdims=True)
+    np.testing.assert_allclose(numpy(quantizer.scale), np.maximum(expected, 0.1), rtol=1e-6)
+
+
+@every_layer
+@pytest.mark.parametrize("quantizer", [SymmetricQuantizer, AsymmetricQuantizer])
+def test_gradients_reach_raw_weights_and_ranges(cls, quantizer):
+    names = list(LAYERS[cls].weights)
+    layer = made(cls, transforms={name: [quantizer(bits=3)] for name in names})
+    for name in names:  # a range that clips: every parameter has a gradient then
+        raw = numpy(layer.raw_weight(name))
+        layer.transforms_of(name)[0].set_range(0.5 * raw.min(), 0.6 * raw.max())
+    upstream = np.ones(layer(data(cls)).shape, "float32")
+    if not LAYERS[cls].float_input:
+        gradients = embedding_gradients(layer, data(cls))
+    else:
+        gradients = layer_gradients(layer, data(cls), upstream)[1][1:]
+    variables = layer.trainable_variables
+    assert len(gradients) == len(variables)
+    for variable, gradient in zip(variables, gradients, strict=True):
+        assert gradient.shape == tuple(variable.shape)
+        assert np.isfinite(gradient).all() and np.any(gradient), variable.path
+
+
+def embedding_gradients(layer, tokens):
+    """Gradients of an embedding's trainable variables: its integer input has none."""
+    if BACKEND == "jax":
+        import jax
+
+        def total(trained):
+            return layer.stateless_call(trained, [], tokens)[0].sum()
+
+        return [numpy(g) for g in jax.grad(total)([v.value for v in layer.trainable_variables])]
+    if BACKEND == "torch":
+        import torch
+
+        sources = [v.value for v in layer.trainable_variables]
+        return [numpy(g) for g in torch.autograd.grad(layer(tokens).sum(), sources)]
+    import tensorflow as tf
+
+    with tf.GradientTape() as tape:
+        value = tf.reduce_sum(layer(tokens))
+    return [numpy(g) for g in tape.gradient(value, [v.value for v in layer.trainable_variables])]
+
+
+@every_layer
+def test_saving_keeps_raw_weights_bitwise(cls, tmp_path):
+    layer = made(cls)
+    shape = CASES[cls][1]
+    inputs = keras.Input(shape[1:], dtype=data(cls).dtype.name)
+    model = keras.Model(inputs, layer(inputs))
+    model.save(tmp_path / "model.keras")
+    model.save_weights(tmp_path / "weights.weights.h5")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    again = keras.models.clone_model(model)
+    again.load_weights(tmp_path / "weights.weights.h5")
+    for twin in (loaded, again):
+        for before, after in zip(model.weights, twin.weights, strict=True):
+            np.testing.assert_array_equal(numpy(before), numpy(after))
+    for name in layer.weight_names:
+        raw = numpy(loaded.layers[-1].raw_weight(name))
+        np.testing.assert_array_equal(raw, numpy(layer.raw_weight(name)))
+    np.testing.assert_array_equal(numpy(loaded(data(cls))), numpy(model(data(cls))))
+
+
+@every_layer
+def test_configuration_round_trip(cls):
+    layer = made(cls)
+    config = layer.get_config()
+    twin = type(layer).from_config(config)
+    assert twin.get_config() == config
+    assert type(twin).__name__ == f"FakeQuant{cls.__name__}"
+    assert isinstance(twin, cls)
+    assert layer_spec(twin) is LAYERS[cls]
+
+
+@every_layer
+def test_half_precision_rounds_in_float32(cls):
+    layer = made(cls, dtype="mixed_bfloat16")
+    for name in layer.weight_names:
+        raw = layer.raw_weight(name)
+        (quantizer,) = layer.transforms_of(name)
+        exact = numpy(quantizer(ops.convert_to_tensor(numpy(raw))))
+        np.testing.assert_array_equal(layer.effective_weight(name), exact)
+        assert keras.backend.standardize_dtype(quantizer.scale.dtype) == "float32"
+    outputs = layer(data(cls))
+    assert keras.backend.standardize_dtype(outputs.dtype) == "bfloat16"
+    same = numpy(ops.cast(plain_twin(layer)(data(cls)), "float32"))
+    np.testing.assert_array_equal(numpy(ops.cast(outputs, "float32")), same)
+
+
+@every_layer
+def test_keras_own_quantization_is_refused(cls):
+    with pytest.raises(ValueError, match="already compressed"):
+        made(cls).quantize("int8")
+
+
+@every_layer
+def test_without_transforms_it_is_the_keras_layer(cls):
+    layer = FAKE_QUANT_LAYERS[cls](**CASES[cls][0], transforms={})
+    layer.build(CASES[cls][1])
+    assert layer.weights == layer.plain_weights
+    np.testing.assert_array_equal(numpy(layer(data(cls))), numpy(plain_twin(layer)(data(cls))))
+
+
+def test_transforms_apply_in_order():
+    coarse, fine = SymmetricQuantizer(bits=2), SymmetricQuantizer(bits=8)
+    layer = FakeQuantDense(4, transforms={"kernel": [coarse, fine]})
+    layer.build((None, 5))
+    value = numpy(fine(coarse(ops.convert_to_tensor(numpy(layer.raw_weight("kernel"))))))
+    np.testing.assert_array_equal(layer.effective_weight("kernel"), value)
+
+
+def test_unknown_weight_is_refused():
+    with pytest.raises(ValueError, match="weights .'kernel'.*Received transforms for: .'bias'"):
+        FakeQuantDense(4, transforms={"bias": [SymmetricQuantizer()]})
+
+
+def test_transforms_must_be_transforms():
+    with pytest.raises(TypeError, match="Expected a Transform.*Received"):
+        FakeQuantDense(4, transforms={"kernel": [layers.ReLU()]})
+
+
+def test_the_weight_of_an_unbuilt_layer():
+    with pytest.raises(AttributeError, match="must be built"):
+        FakeQuantDense(4, name="early").kernel  # noqa: B018
+
+
+def test_compressed_class_of_a_layer_without_a_row():
+    assert compressed_class(layers.Dense(2)) is FakeQuantDense
+    with pytest.raises(KeyError):
+        compressed_class(layers.LSTM(2))
+
+
+def test_a_frozen_layer_trains_neither_weights_nor_ranges():
+    layer = made(layers.Conv2D)
+    layer.trainable = False
+    assert layer.trainable_variables == []
+
+
+def test_a_handmade_subclassed_model_trains():
+    class Handmade(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.edge = FakeQuantize(AsymmetricQuantizer(bits=4))
+            self.conv = FakeQuantConv2D(4, 3, activation="relu")
+            self.pool = layers.GlobalAveragePooling2D()
+            self.head = FakeQuantDense(1)
+
+        def call(self, inputs):
+            return self.head(self.pool(self.conv(self.edge(inputs))))
+
+    model = Handmade()
+    x = data(layers.Conv2D)
+    model(x)
+    model.edge.quantizer.set_range(x.min(), x.max())
+    before = [numpy(v).copy() for v in model.trainable_variables]
+    model.compile(keras.optimizers.SGD(0.01), "mse")
+    history = model.fit(x, np.ones((len(x), 1)), epochs=4, verbose=0).history["loss"]
+    assert history[-1] < history[0]
+    after = [numpy(v) for v in model.trainable_variables]
+    changed = [np.any(a != b) for a, b in zip(before, after, strict=True)]
+    assert len(changed) == 2 + 3 + 3 and sum(changed) >= len(changed) - 1
+
+
+def test_edge_layer_rounds_like_its_quantizer():
+    layer = FakeQuantize(SymmetricQuantizer(bits=4, signed=True))
+    x = np.linspace(-2, 2, 41, dtype="float32").reshape(1, -1)
+    layer.build(x.shape)
+    np.testing.assert_array_equal(numpy(layer(x)), x)
+    layer.quantizer.set_range(-1.0, 1.0)
+    codes = np.clip(np.floor(x * 7 + 0.5), -8, 7)
+    np.testing.assert_allclose(numpy(layer(x)), codes / 7, atol=1e-6)
+
+
+def test_edge_layer_round_trip(tmp_path):
+    inputs = keras.Input((3,), name="features")
+    layer = FakeQuantize(AsymmetricQuantizer(bits=5), name="edge")
+    model = keras.Model(inputs, layer(inputs))
+    layer.quantizer.set_range(-1.0, 3.0)
+    model.save(tmp_path / "edge.keras")
+    loaded = keras.models.load_model(tmp_path / "edge.keras")
+    x = np.random.default_rng(0).normal(size=(9, 3)).astype("float32")
+    assert loaded.layers[-1].quantizer.calibrated
+    np.testing.assert_array_equal(numpy(loaded(x)), numpy(model(x)))
+    assert abs(numpy(model(x)) - x).max() > 0.01
+
+
+def test_edge_layer_in_half_precision():
+    layer = FakeQuantize(dtype="mixed_bfloat16")
+    layer.build((2,))
+    layer.quantizer.set_range(-1.0, 1.0)
+    x = ops.convert_to_tensor(np.array([[0.3, -0.71]], "float32"))
+    outputs = layer(x)
+    assert keras.backend.standardize_dtype(outputs.dtype) == "bfloat16"
+    exact = layer.quantizer(ops.cast(ops.cast(x, "bfloat16"), "float32"))
+    expected = ops.cast(ops.cast(exact, "bfloat16"), "float32")
+    np.testing.assert_array_equal(numpy(ops.cast(outputs, "float32")), numpy(expected))
+    assert layer(keras.KerasTensor((None, 2))).dtype == "bfloat16"
+
+
+def test_clone_layer_takes_a_new_name():
+    twin = clone_layer(layers.Dense(3, activation="relu", name="old"), "new")
+    assert twin.name == "new" and twin.units == 3 and not twin.built
