@@ -73,7 +73,9 @@ def fine_tune(model, images, logits, steps):
 
 
 def main(
-    models: list[str], images: str = typer.Option(..., help="Folder of photographs."), steps: int = 10
+    models: list[str],
+    images: str = typer.Option(..., help="Folder of photographs."),
+    steps: int = 10,
 ):
     """Measure and print."""
     table = Table("model", "stage", "right", "as float", "SNR, dB", "IR as trained", "IR SNR, dB")

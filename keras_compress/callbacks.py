@@ -8,6 +8,16 @@ import keras
 from keras_compress.compress import quantizers_of
 
 
+def _algorithms(model):
+    algorithms = getattr(getattr(model, "config", None), "algorithms", None)
+    if algorithms is None:
+        raise ValueError(
+            "Expected a model made by `keras_compress.compress_model`. "
+            f"Received: model '{model.name}' (of type {type(model).__name__})"
+        )
+    return algorithms
+
+
 class Compress(keras.callbacks.Callback):
     """Moves every algorithm of a compressed model along with the optimizer's step.
 
@@ -23,25 +33,44 @@ class Compress(keras.callbacks.Callback):
 
     def set_model(self, model):
         super().set_model(model)
-        algorithms = getattr(getattr(model, "config", None), "algorithms", None)
-        if algorithms is None:
-            raise ValueError(
-                "Expected a model made by `keras_compress.compress_model`. "
-                f"Received: model '{model.name}' (of type {type(model).__name__})"
-            )
-        self._moving = [algorithm for algorithm in algorithms if algorithm.built]
+        self._moving = [algorithm for algorithm in _algorithms(model) if algorithm.built]
         self._eager_by_user = model.run_eagerly
+        self._paused = []
+        self._training = False
         # Before `fit` makes its training step: what observes must be in it from the first batch.
         self._step(model)
+
+    def on_train_begin(self, logs=None):
+        self._training = True
 
     def on_train_batch_end(self, batch, logs=None):
         if self._moving:
             self._step(self.model)
 
     def on_train_end(self, logs=None):
+        self._training = False
         for algorithm in self._moving:
             algorithm.finish(self.model)
+        self._moving = []
+        _forget_inference(self.model)
         self._run_eagerly(self.model, self._eager_by_user)
+
+    def on_test_begin(self, logs=None):
+        # Validation data must not take part in ranges.
+        self._paused = [(q, q.observer) for q in quantizers_of(self.model) if q.observer]
+        for quantizer, _ in self._paused:
+            quantizer.observer = None
+
+    def on_test_end(self, logs=None):
+        if self._training:
+            for quantizer, observer in self._paused:
+                quantizer.observer = observer
+        elif self._paused:  # no training is going on that could go on observing
+            self.model.run_eagerly = self._eager_by_user
+            _forget_inference(self.model)
+
+    on_predict_begin = on_test_begin
+    on_predict_end = on_test_end
 
     def _step(self, model):
         step = int(keras.ops.convert_to_numpy(model.optimizer.iterations))
@@ -52,8 +81,15 @@ class Compress(keras.callbacks.Callback):
     def _run_eagerly(self, model, eager):
         """Switch between the eager and the compiled training step; a switch retraces it."""
         if model.run_eagerly != eager:
+            _forget_inference(model)
             model.run_eagerly = eager
             model.make_train_function(force=True)
+
+
+def _forget_inference(model):
+    """Drop compiled inference: it was traced before ranges were known, and would not round."""
+    model.test_function = None
+    model.predict_function = None
 
 
 class ExportIR(keras.callbacks.Callback):
@@ -109,7 +145,7 @@ class Statistics(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         if logs is None:
             return
-        for algorithm in self.model.config.algorithms:
+        for algorithm in _algorithms(self.model):
             if algorithm.built:
                 for key, value in algorithm.statistics(self.model).items():
                     logs[f"compression/{key}"] = float(value)

@@ -12,7 +12,14 @@ from keras_compress.config import Config
 from keras_compress.data import input_batches
 from keras_compress.graph.rebuild import rebuild
 from keras_compress.graph.trace import trace
-from keras_compress.layers import PACKAGE, CompressedLayer, FakeQuantize, compressed_class
+from keras_compress.graph.walk import all_layers
+from keras_compress.layers import (
+    PACKAGE,
+    CompressedLayer,
+    FakeQuantize,
+    compressed_class,
+    exclude_from_weight_decay,
+)
 from keras_compress.options import ConfigError
 from keras_compress.plan import Plan
 from keras_compress.quantizers import Quantizer
@@ -164,8 +171,8 @@ def require_ready(model):
     waiting = [quantizer.name for quantizer in quantizers_of(model) if not quantizer.calibrated]
     if waiting:
         raise ValueError(
-            f"Model '{model.name}' has {len(waiting)} quantizers without a range: it was compressed "
-            "without `data`. Train it with `callbacks=[keras_compress.callbacks.Compress()]`, or "
+            f"Model '{model.name}' has {len(waiting)} quantizers without a range: it was "
+            "compressed without `data`. Train it with `callbacks=[keras_compress.callbacks.Compress()]`, or "
             "call `compress_model(model, config, data=...)`."
         )
 
@@ -242,5 +249,5 @@ def _prepare(model, config, batches, verbose):
     samples = max((algorithm.adaptation_samples for algorithm in algorithms), default=0)
     if batches and samples:
         seen = itertools.accumulate((len(inputs[0]) for inputs in batches), initial=0)
-        chosen = [inputs for inputs, before in zip(batches, seen) if before < samples]
+        chosen = [inputs for inputs, before in zip(batches, seen, strict=False) if before < samples]
         adapt_batch_norm(model, progress(chosen, "adapting batch normalization"))

@@ -41,7 +41,9 @@ def input_batches(data, inputs, samples, batch_size=32):
 def _batches(data, batch_size):
     if isinstance(data, keras.utils.PyDataset):
         endless = data.num_batches is None
-        return (data[index] for index in (itertools.count() if endless else range(data.num_batches)))
+        return (
+            data[index] for index in (itertools.count() if endless else range(data.num_batches))
+        )
     if isinstance(data, list) and any(isinstance(batch, (tuple, dict)) for batch in data):
         return iter(data)
     arrays = keras.tree.flatten(data)

@@ -73,7 +73,8 @@ def run_demo(out, epochs=8, fine_tuning=3, console=None):
 
     Args:
         out: folder for the IRs; it is made.
-        epochs, fine_tuning: epochs in float and in int8.
+        epochs: epochs of training in float.
+        fine_tuning: epochs of training in int8.
         console: where to print.
 
     Returns:

@@ -52,7 +52,9 @@ class RangeTraining(NamedTuple):
         if not self.lsq:
             factor = self.multiplier
         else:
-            elements = ops.cast(ops.size(x), "float32") / ops.cast(ops.size(gradients[0]), "float32")
+            elements = ops.cast(ops.size(x), "float32") / ops.cast(
+                ops.size(gradients[0]), "float32"
+            )
             factor = self.multiplier * ops.rsqrt(elements * float(parametrization.level_high))
         return tuple(gradient * factor for gradient in gradients)
 
@@ -132,7 +134,10 @@ def _sign(x):
     return ops.where(x < 0, -1.0, 1.0)
 
 
-def fake_quantize(x, parameters, parametrization, training=RangeTraining()):
+TRAINED = RangeTraining()
+
+
+def fake_quantize(x, parameters, parametrization, training=TRAINED):
     """Round a float32 tensor to its grid, with the gradients of the module's docstring.
 
     Args:

@@ -10,7 +10,6 @@ supported Keras class; a new layer type is one row and its short class.
 """
 
 import contextlib
-import contextlib
 import dataclasses
 import inspect
 import types
@@ -113,8 +112,8 @@ def clone_layer(layer, name):
     except Exception as error:  # whatever a user's `get_config` or constructor may raise
         raise ValueError(
             f"Layer '{name}' ({type(layer).__name__}) cannot be copied: expected that "
-            "`from_config(get_config())` makes it again. Give it a `get_config` with every argument "
-            f"of its constructor. Received: {type(error).__name__}: {error}"
+            "`from_config(get_config())` makes it again. Give it a `get_config` with every "
+            f"argument of its constructor. Received: {type(error).__name__}: {error}"
         ) from error
     twin.name = name
     return twin
@@ -240,8 +239,8 @@ class CompressedLayer:
         if in_stateless_scope():
             if keras.backend.backend() == "jax":
                 raise ValueError(
-                    f"Layer '{self.name}' has quantizers without a range. Call the model on a batch "
-                    "once before it is trained or traced."
+                    f"Layer '{self.name}' has quantizers without a range. Call the model on a "
+                    "batch once before it is trained or traced."
                 )
             return
         with _eagerly():

@@ -2,7 +2,6 @@
 
 import logging
 
-import keras
 import numpy as np
 from keras import ops
 
@@ -69,9 +68,7 @@ class Quantizer(Transform, abstract=True):
         self.bits = _checked_bits(bits, half_range)
         self.axis = _checked_axis(axis)
         if gradient_scale not in (None, "lsq"):
-            raise ValueError(
-                f"Expected None or 'lsq'. Received: gradient_scale={gradient_scale!r}"
-            )
+            raise ValueError(f"Expected None or 'lsq'. Received: gradient_scale={gradient_scale!r}")
         self.signed = signed
         self.narrow_range = narrow_range
         self.half_range = half_range
@@ -125,7 +122,8 @@ class Quantizer(Transform, abstract=True):
         """Set the range from observed extremes and mark the quantizer as calibrated.
 
         Args:
-            minimum, maximum: NumPy arrays that broadcast to the shape of the variables.
+            minimum: NumPy array that broadcasts to the shape of the variables.
+            maximum: the same.
         """
         shape = tuple(self.range_variables[0].shape)
         minimum, maximum = (np.asarray(a, dtype="float32") for a in (minimum, maximum))

@@ -1,4 +1,4 @@
-"""Transforms: Keras layers from tensor to tensor of the same shape, applied to weights and edges."""
+"""Transforms: Keras layers from tensor to tensor of one shape, applied to weights and edges."""
 
 import keras
 

@@ -274,10 +274,9 @@ def nested_sequential():
         [layers.Dense(5, name="dense"), layers.BatchNormalization(name="norm"), layers.ReLU()],
         name="block",
     )
-    model = keras.Sequential(
+    return keras.Sequential(
         [keras.Input((6,), name="features"), block, layers.Dense(2, name="dense")], name="stack"
     )
-    return model
 
 
 @collected

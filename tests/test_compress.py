@@ -98,7 +98,9 @@ def test_wide_enough_grids_give_the_float_model_back():
     assert errors[0] > 2 * errors[1] > 4 * errors[2] > 0
 
 
-@pytest.mark.parametrize("kind", ["arrays", "labelled", "dict", "generator", "dataset", "pydataset"])
+@pytest.mark.parametrize(
+    "kind", ["arrays", "labelled", "dict", "generator", "dataset", "pydataset"]
+)
 def test_calibration_data_of_every_kind_gives_the_same_ranges(kind):
     x, y = batch()
     parts = [(x[:16], y[:16]), (x[16:], y[16:])]
@@ -174,9 +176,7 @@ def test_stripped_model_is_plain_and_bitwise_equal():
     for layer in stripped.layers:
         assert isinstance(layer, FakeQuantize) or type(layer).__module__.startswith("keras.")
     x = batch(seed=1)[0]
-    np.testing.assert_array_equal(
-        stripped.predict(x, verbose=0), compressed.predict(x, verbose=0)
-    )
+    np.testing.assert_array_equal(stripped.predict(x, verbose=0), compressed.predict(x, verbose=0))
 
 
 def test_strip_of_a_model_made_by_hand():
@@ -335,6 +335,8 @@ def test_batch_norm_adapts_to_the_average_of_the_batches():
 
 
 def test_hand_made_layers_accept_other_transforms():
-    layer = FakeQuantConv2D(2, 3, transforms={"kernel": [kc.quantizers.AsymmetricQuantizer(bits=2)]})
+    layer = FakeQuantConv2D(
+        2, 3, transforms={"kernel": [kc.quantizers.AsymmetricQuantizer(bits=2)]}
+    )
     layer(np.zeros((1, 4, 4, 1), "float32"))
     assert len(np.unique(layer.effective_weight("kernel"))) <= 4

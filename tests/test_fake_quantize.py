@@ -188,9 +188,7 @@ def test_golden_values_and_gradients_of_an_asymmetric_grid():
 
 def test_golden_signed_full_range_reaches_one_step_further_down():
     """Eight bits, scale 1: [-128/127, 1] in steps of 1/127, not [-1, 1] in steps of 2/255."""
-    low, high, step = (
-        float(numpy(a)) for a in nudged_range([np.float32(1)], Symmetric(-128, 127))
-    )
+    low, high, step = (float(numpy(a)) for a in nudged_range([np.float32(1)], Symmetric(-128, 127)))
     assert low == pytest.approx(-128 / 127, rel=1e-6)
     assert high == pytest.approx(1, rel=1e-6)
     assert step == pytest.approx(1 / 127, rel=1e-6)
@@ -274,7 +272,10 @@ def test_tensorflow_graph_holds_the_operations_that_converters_know():
         pytest.skip("looks at a TensorFlow graph")
     import tensorflow as tf
 
-    for axis, name in [(None, "FakeQuantWithMinMaxVars"), (-1, "FakeQuantWithMinMaxVarsPerChannel")]:
+    for axis, name in [
+        (None, "FakeQuantWithMinMaxVars"),
+        (-1, "FakeQuantWithMinMaxVarsPerChannel"),
+    ]:
         scale = tf.Variable(np.ones(() if axis is None else (1, 6), "float32"))
 
         @tf.function

@@ -156,7 +156,9 @@ def test_training_mode_reaches_traced_layers(name):
 def statistics(model):
     """The moving statistics of a model, sorted by the names of their layers."""
     moving = [w for w in model.weights if "moving" in w.path]
-    return [numpy(w) for w in sorted(moving, key=lambda w: w.path.replace("-", "/").split("/")[-3:])]
+    return [
+        numpy(w) for w in sorted(moving, key=lambda w: w.path.replace("-", "/").split("/")[-3:])
+    ]
 
 
 def test_dropout_is_active_in_training_only():

@@ -265,8 +265,30 @@ def test_a_handmade_subclassed_model_trains():
     history = model.fit(x, np.ones((len(x), 1)), epochs=4, verbose=0).history["loss"]
     assert history[-1] < history[0]
     after = [numpy(v) for v in model.trainable_variables]
+    assert all(t.calibrated for w in (model.conv, model.head) for t in w.transforms_of("kernel"))
     changed = [np.any(a != b) for a, b in zip(before, after, strict=True)]
     assert len(changed) == 2 + 3 + 3 and sum(changed) >= len(changed) - 1
+
+
+def test_a_subclassed_model_that_was_never_called_before_training():
+    class Single(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.head = FakeQuantDense(1)
+
+        def call(self, inputs):
+            return self.head(inputs)
+
+    model = Single()
+    model.compile("sgd", "mse")
+    x = np.random.default_rng(0).normal(size=(8, 3)).astype("float32")
+    if BACKEND == "jax":
+        with pytest.raises(ValueError, match="Call the model on a batch once"):
+            model.fit(x, x[:, :1], verbose=0)
+        return
+    model.fit(x, x[:, :1], verbose=0)
+    kernel = model.head.effective_weight("kernel")
+    assert 0 < abs(kernel - numpy(model.head.raw_weight("kernel"))).max() < 0.1
 
 
 def test_edge_layer_rounds_like_its_quantizer():

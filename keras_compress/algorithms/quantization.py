@@ -8,7 +8,6 @@ import numpy as np
 from keras_compress import scopes
 from keras_compress.algorithms import calibration
 from keras_compress.algorithms.base import Algorithm, check_scopes
-from keras_compress.algorithms.quantizer_plan import quantization_plan
 from keras_compress.algorithms.quantizer_options import (
     ActivationGroup,
     QuantizerGroup,
@@ -18,6 +17,7 @@ from keras_compress.algorithms.quantizer_options import (
     ScopeOverrides,
     StagedParams,
 )
+from keras_compress.algorithms.quantizer_plan import quantization_plan
 from keras_compress.options import Flag, number, option
 
 # Targets whose kernels may add two products of 8 bits in 16, and so overflow.

@@ -192,12 +192,12 @@ def _why_float(options, node, readers):
         return "excluded by the scopes of the configuration"
     if role is Role.WEIGHTED and not options.weights.selects(node.name):
         return "excluded by the scopes of `weights`"
-    takes_floats = layer_spec(node.op).float_input if role is Role.WEIGHTED else True
-    if role is Role.WEIGHTED and takes_floats:
-        if not any((node, edge) in readers for edge in node.inputs):
-            produced = [edge for edge in node.inputs if _is_rounded_before(edge, readers)]
-            return "" if produced else "its input is not quantized"
-    return ""
+    if role is not Role.WEIGHTED or not layer_spec(node.op).float_input:
+        return ""
+    rounded = any(
+        (node, edge) in readers or _is_rounded_before(edge, readers) for edge in node.inputs
+    )
+    return "" if rounded else "its input is not quantized"
 
 
 def _is_rounded_before(edge, readers):

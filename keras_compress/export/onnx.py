@@ -6,6 +6,8 @@ weights in float: each one that lies on a grid is written as `Constant(int8) -> 
 
 import json
 
+import numpy as np
+
 from keras_compress.export.integer_weights import integer_weight
 from keras_compress.export.saved_model import serving_function
 
@@ -33,7 +35,7 @@ def write_onnx(model, path, input_names, output_names, metadata):
     for key, value in metadata.items():
         text = value if isinstance(value, str) else json.dumps(value)
         proto.metadata_props.add(key=f"keras_compress.{key}", value=text)
-    onnx.checker.check_model(proto)
+    _check(proto, model)
     onnx.save(proto, str(path))
 
 
@@ -46,10 +48,33 @@ def _converted(model, input_names, output_names):
     # Keras wraps grouped convolutions in a compiled function, which tf2onnx cannot look into.
     tf.config.run_functions_eagerly(True)
     try:
-        proto, _ = tf2onnx.convert.from_function(serve, serve.input_signature, opset=OPSET)
+        proto, _ = tf2onnx.convert.from_function(
+            serve, serve.input_signature, opset=OPSET, custom_op_handlers={"Erfc": (_erfc, [])}
+        )
     finally:
         tf.config.run_functions_eagerly(eagerly)
     return proto
+
+
+def _erfc(context, node, name, args):
+    """Write `erfc(x)`, which Keras' gelu uses and tf2onnx lacks, as `1 - erf(x)`."""
+    one = context.make_const(f"{name}/one", np.array(1, "float32"))
+    erf = context.make_node("Erf", node.input[:1])
+    shapes, dtypes = node.output_shapes, node.output_dtypes
+    context.remove_node(node.name)
+    inputs = [one.output[0], erf.output[0]]
+    context.make_node("Sub", inputs, outputs=node.output, shapes=shapes, dtypes=dtypes)
+
+
+def _check(proto, model):
+    import onnx
+
+    try:
+        onnx.checker.check_model(proto)
+    except onnx.checker.ValidationError as error:
+        raise ValueError(
+            f"Model '{model.name}' has an operation that tf2onnx cannot write as ONNX: {error}"
+        ) from error
 
 
 def _arrange(values, names):

@@ -10,7 +10,6 @@ go through an additional `Convert(i8)`: without it they would be computed in flo
 """
 
 import hashlib
-import itertools
 import json
 
 import numpy as np
@@ -46,7 +45,7 @@ def write_ir(model, path, input_names, output_names, metadata):
 
     folder = path.with_suffix(".saved_model")
     write_saved_model(model, folder, input_names, output_names, metadata)
-    ov_model = _with_names(_read_saved_model(folder), input_names, output_names)
+    ov_model = _with_names(read_saved_model(folder), input_names, output_names)
     name_layers(ov_model, model)
     use_integer_weights(ov_model)
     keep_rounding(ov_model)
@@ -56,7 +55,8 @@ def write_ir(model, path, input_names, output_names, metadata):
     ov.save_model(ov_model, str(path), compress_to_fp16=False)
 
 
-def _read_saved_model(folder):
+def read_saved_model(folder):
+    """Return a SavedModel directory as an `openvino.Model`, its constants folded."""
     # `ov.convert_model` would also fold batch norms into weights: layers could then no longer be
     # recognized by their weights. The plugin does the same folding when it compiles.
     from openvino.frontend import FrontEndManager
@@ -74,22 +74,31 @@ def _with_names(ov_model, input_names, output_names):
     """Return the model with inputs and outputs in the given order and under the given names."""
     import openvino as ov
 
-    def arranged(nodes, names, tensor):
-        by_name = {name: node for node in nodes for name in _names_of(node, tensor(node))}
-        return [by_name[name] for name in names]
-
-    parameters = arranged(ov_model.get_parameters(), input_names, lambda node: node.output(0))
-    results = arranged(ov_model.get_results(), output_names, lambda node: node.input(0))
-    for node, name in itertools.chain(
-        zip(parameters, input_names, strict=True), zip(results, output_names, strict=True)
+    parameters = _arranged(ov_model.get_parameters(), input_names)
+    results = _arranged(ov_model.get_results(), output_names)
+    names = {}  # several outputs, or an input and an output, may be one tensor
+    for port, name in zip(
+        [node.output(0) for node in parameters] + [node.input_value(0) for node in results],
+        input_names + output_names,
+        strict=True,
     ):
+        tensor = port.get_node().get_name(), port.get_index()
+        names[tensor] = names.get(tensor, set()) | {name}
+        port.get_tensor().set_names(names[tensor])
+    for node, name in zip(parameters + results, input_names + output_names, strict=True):
         node.set_friendly_name(name)
-        node.output(0).get_tensor().set_names({name})
     return ov.Model(results, parameters, ov_model.get_friendly_name())
 
 
-def _names_of(node, port):
-    return {node.get_friendly_name(), *port.get_tensor().get_names()}
+def _arranged(nodes, names):
+    """Order nodes by name: their own, else that of their tensor; each is taken once."""
+    left = list(nodes)
+    for name in names:
+        known = [n for n in left if name in (n.get_friendly_name(), *n.output(0).get_names())]
+        known.sort(key=lambda node: node.get_friendly_name() != name)
+        left.remove(known[0])
+        left.append(known[0])
+    return left
 
 
 def weighted_operations(ov_model):

@@ -67,7 +67,9 @@ def deployable(model):
     def fixed(node):
         op = node.op
         if isinstance(op, FakeQuantize):
-            return FixedFakeQuantize.from_config(op.get_config() | {"dtype": "float32"})
+            return FixedFakeQuantize.from_config(
+                op.get_config() | {"name": node.name, "dtype": "float32"}
+            )
         half = getattr(op, "compute_dtype", None) in ("float16", "bfloat16")
         if half and not node.reason:
             return type(op).from_config(op.get_config() | {"name": node.name, "dtype": "float32"})
@@ -81,15 +83,23 @@ def signature_names(model):
     """Return (input names, output names) of a model, in order and unique.
 
     Input names are those of its `keras.Input` tensors, output names those of the layers that make
-    them.
+    them; outputs of a subclassed model that no layer makes are `output_0` and so on.
     """
     graph = trace(model)
-    outputs = getattr(model, "output_names", None) or [edge.name for edge in graph.outputs]
-    return [edge.name for edge in graph.inputs], _unique(outputs)
+    outputs = getattr(model, "output_names", None)
+    if outputs is None:
+        outputs = [_output_name(edge, index) for index, edge in enumerate(graph.outputs)]
+    inputs = [edge.name for edge in graph.inputs]
+    return inputs, _unique(inputs + outputs)[len(inputs) :]
+
+
+def _output_name(edge, index):
+    from_layer = edge.producer and isinstance(edge.producer.op, keras.layers.Layer)
+    return edge.name if from_layer else f"output_{index}"
 
 
 def _unique(names):
-    """Number the repetitions of a name: a layer may give several outputs."""
+    """Number the repetitions of a name: a layer may give several outputs, an input be one."""
     unique = []
     for name in names:
         candidate, count = name, 0

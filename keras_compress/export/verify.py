@@ -17,6 +17,7 @@ from rich.table import Table
 
 from keras_compress.data import input_batches
 from keras_compress.export.files import replacing
+from keras_compress.export.openvino import read_saved_model
 from keras_compress.export.saved_model import signature_names
 from keras_compress.graph.trace import trace
 from keras_compress.layers import FakeQuantize
@@ -54,6 +55,7 @@ class LayerPrecision:
 
     @property
     def eight_bit(self):
+        """Whether it runs in 8 bits."""
         return self.precision in EIGHT_BITS
 
 
@@ -125,7 +127,7 @@ def verify(model, path, data=None, samples=32, seed=0):
         seed: of the random inputs.
 
     Returns:
-        A `VerifyReport`, also written to `<path>.verify.json`.
+        A `VerifyReport`, also written to `<name>.verify.json`.
 
     Raises:
         FileNotFoundError: nothing at `path`.
@@ -164,7 +166,7 @@ def verify(model, path, data=None, samples=32, seed=0):
         layers=layer_precisions(compiled, [node.name for node in graph.nodes]),
         device=core.get_property("CPU", "FULL_DEVICE_NAME"),
     )
-    target = path.with_name(f"{path.name}.verify.json")
+    target = path.with_suffix(".verify.json")
     with replacing(target) as temporary:
         temporary.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
     return report
@@ -172,9 +174,10 @@ def verify(model, path, data=None, samples=32, seed=0):
 
 def compile_on_cpu(core, path, **properties):
     """Return an exported model compiled for the CPU, its float parts in float32."""
-    import openvino as ov
-
-    ov_model = ov.convert_model(str(path)) if path.is_dir() else core.read_model(str(path))
+    try:
+        ov_model = read_saved_model(path) if path.is_dir() else core.read_model(str(path))
+    except RuntimeError as error:
+        raise RuntimeError(f"OpenVINO cannot read '{path}', so it was not run: {error}") from error
     return core.compile_model(ov_model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"} | properties)
 
 

@@ -43,7 +43,9 @@ def _weighted_flops(node):
     kernels = [getattr(layer, name).shape for name in layer_spec(layer).weights]
     if isinstance(layer, keras.layers.EinsumDense):
         inputs, labels = layer.equation.replace(" ", "").partition("->")[0].split(",")
-        shared = math.prod(d for d, label in zip(kernels[0], labels, strict=True) if label in inputs)
+        shared = math.prod(
+            d for d, label in zip(kernels[0], labels, strict=True) if label in inputs
+        )
         return 2 * math.prod(kernels[0]) * (_size(node.inputs[0].shape) // max(shared, 1))
     if isinstance(layer, keras.layers.Dense):
         return 2 * math.prod(kernels[0]) * _size(node.output.shape[:-1])

@@ -338,6 +338,10 @@ def _split_separable(layer, name):
     pointwise.build(tuple(shape))
     depthwise.kernel.assign(keras.ops.convert_to_numpy(layer.depthwise_kernel))
     pointwise.set_weights(
-        [keras.ops.convert_to_numpy(w) for w in (layer.pointwise_kernel, layer.bias) if w is not None]
+        [
+            keras.ops.convert_to_numpy(w)
+            for w in (layer.pointwise_kernel, layer.bias)
+            if w is not None
+        ]
     )
     return depthwise, pointwise

@@ -11,7 +11,6 @@ import keras
 
 from keras_compress.layers import FakeQuantize, layer_spec
 
-
 # Joins the names of nested layers: a name may hold no "/" in Keras and no "." in torch.
 SEPARATOR = "-"
 
@@ -54,9 +53,7 @@ OPS = {
         "AveragePooling3D GlobalAveragePooling1D GlobalAveragePooling2D GlobalAveragePooling3D",
     ),
     **_rows(Role.NORMALIZATION, keras.layers, "BatchNormalization"),
-    **_rows(
-        Role.ACTIVATION, keras.layers, "ReLU LeakyReLU PReLU ELU Activation"
-    ),
+    **_rows(Role.ACTIVATION, keras.layers, "ReLU LeakyReLU PReLU ELU Activation"),
     **_rows(
         Role.MOVEMENT,
         keras.layers,
@@ -72,7 +69,9 @@ OPS = {
 OPS_BY_NAME = {
     **dict.fromkeys("Add Subtract Multiply Maximum Minimum Matmul Mean".split(), Role.ARITHMETIC),
     **dict.fromkeys(
-        "Relu Relu6 Silu Sigmoid HardSigmoid HardSilu Gelu Elu Selu LeakyRelu Tanh Softplus".split(),
+        (
+            "Relu Relu6 Silu Sigmoid HardSigmoid HardSilu Gelu Elu Selu LeakyRelu Tanh Softplus"
+        ).split(),
         Role.ACTIVATION,
     ),
     **dict.fromkeys(

@@ -1,0 +1,1 @@
+"""The graph of a model: traced from any Keras model, walked, rebuilt into a new model."""
