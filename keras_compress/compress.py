@@ -172,8 +172,9 @@ def require_ready(model):
     if waiting:
         raise ValueError(
             f"Model '{model.name}' has {len(waiting)} quantizers without a range: it was "
-            "compressed without `data`. Train it with `callbacks=[keras_compress.callbacks.Compress()]`, or "
-            "call `compress_model(model, config, data=...)`."
+            "compressed without `data`. Train it with "
+            "`callbacks=[keras_compress.callbacks.Compress()]`, or call "
+            "`compress_model(model, config, data=...)`."
         )
 
 

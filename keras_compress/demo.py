@@ -122,7 +122,7 @@ def run_demo(out, epochs=8, fine_tuning=3, console=None):
     accuracy = {name: float(np.mean(found == test[1])) for name, found in classes.items()}
     sizes = [_sizes(path) for path in (float_ir, int8_ir)]
     console.print(_table(accuracy, sizes, latencies, report, seconds))
-    console.print(f"The IR is in {out}/: int8.xml, int8.bin, int8.verify.json")
+    console.print(f"In {out}: float.xml and int8.xml (OpenVINO IR), int8.keras (to train on)")
     same = int(np.sum(classes["trained int8"] == classes["IR int8"]))
     return _problems(accuracy, sizes, report, same, len(test[1]))
 

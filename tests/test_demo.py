@@ -17,7 +17,7 @@ def test_short_demo_keeps_its_promises(tmp_path):
     problems = run_demo(out, epochs=4, fine_tuning=1, console=Console(file=text, width=100))
     assert problems == []
     names = {path.name for path in out.iterdir()}
-    assert names >= {"float.xml", "float.bin", "int8.xml", "int8.bin", "int8.verify.json"}
+    assert names >= {"float.xml", "float.bin", "int8.xml", "int8.bin", "int8.keras"}
     for size in ((out / name).stat().st_size for name in ("float.bin", "int8.bin")):
         assert f"{size:,}" in text.getvalue()
     for word in ("accuracy", "latency", "5 of 5", "seconds: fine-tune", "seconds: all stages"):

@@ -38,7 +38,6 @@ QUANTIZERS = {
     "signed 2 bits": (SymmetricQuantizer, {"bits": 2}, (-1.0, 1.0)),
     "unsigned 6 bits": (SymmetricQuantizer, {"bits": 6}, (0.0, 3.3)),
     "half range": (SymmetricQuantizer, {"half_range": True}, (-1.3, 1.0)),
-    "16 bits": (SymmetricQuantizer, {"bits": 16}, (-1.3, 1.0)),
 }
 
 
@@ -60,7 +59,7 @@ def test_a_fixed_quantizer_gives_the_trained_numbers(name):
     x = np.random.default_rng(0).normal(size=(500, 64)).astype("float32") * 2
     # In units of the step, which exposes a neighbouring level as an error of 1.
     difference = np.abs(numpy(fixed(x)) - numpy(trained(x))) / trained.quantizer.step()
-    assert difference.max() <= (0.01 if trained.quantizer.bits == 16 else 1e-4)
+    assert difference.max() <= 1e-4
 
 
 @tensorflow_only
@@ -96,7 +95,7 @@ def test_the_deployable_model_gives_the_trained_numbers():
     model = compressed()
     flat = deployable(model)
     assert not [x for x in flat.layers if type(x).__module__ == "keras_compress.layers"]
-    for expected, received in zip(outputs_of(model), outputs_of(flat), strict=True):
+    for expected, received in zip(outputs_of(model), outputs_of(flat, [images()]), strict=True):
         np.testing.assert_array_equal(received, expected)
 
 
@@ -105,8 +104,8 @@ def test_mixed_precision_is_deployed_in_float32():
     keras.config.set_dtype_policy("mixed_bfloat16")
     model = compressed(network())
     flat = deployable(model)
-    assert {layer.compute_dtype for layer in flat.layers} == {"float32"}
-    expected, received = (outputs_of(m)[0].astype("float32") for m in (model, flat))
+    assert {layer.compute_dtype for layer in flat.layers[1:]} == {"float32"}
+    expected, received = outputs_of(model)[0].astype("float32"), outputs_of(flat, [images()])[0]
     np.testing.assert_allclose(received, expected, atol=0.05 * np.ptp(expected))
 
 
@@ -141,7 +140,7 @@ def test_the_serving_function_takes_and_gives_named_tensors():
     model = models.make("list_inputs_outputs")
     inputs, outputs = signature_names(model)
     serve = serving_function(deployable(model), inputs, outputs).get_concrete_function()
-    assert list(serve.structured_outputs) == sorted(outputs)
+    assert list(serve.structured_outputs) == outputs
     names = [tensor.name.partition(":")[0] for tensor in serve.inputs[: len(inputs)]]
     assert names == inputs
     assert all(tensor.shape[0] is None for tensor in serve.inputs[: len(inputs)])

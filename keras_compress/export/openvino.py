@@ -29,6 +29,8 @@ CONVOLUTIONS = {
 # always, arithmetic with a constant (bias, batch norm).
 LAYOUT = ("Reshape", "Squeeze", "Transpose", "BatchToSpace")
 ARITHMETIC = ("Add", "Multiply", "Subtract")
+# Operations that the plugin runs as part of the convolution before them.
+ACTIVATIONS = ("Relu", "Clamp", "Minimum", "Maximum", "PRelu", "Swish", "HSwish", "Elu", "Sigmoid")
 
 
 def write_ir(model, path, input_names, output_names, metadata):
@@ -295,5 +297,5 @@ def _is_convolved(op):
         op = op.input_value(0).get_node()
         if op.get_type_name() in CONVOLUTIONS:
             return True
-        if op.get_type_name() not in (*ARITHMETIC, "Relu", "Clamp", "PRelu", "Swish", "HSwish"):
+        if op.get_type_name() not in (*ARITHMETIC, *ACTIVATIONS):
             return False

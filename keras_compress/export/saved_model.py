@@ -22,7 +22,7 @@ class FixedFakeQuantize(FakeQuantize):
         y == fake_quantize(clip(x, low, high), wide_low, wide_high),   256 levels
         wide_low, wide_high = step * (0, 255), or step * (-128, 127) where low < 0
 
-    Ranges per channel and more than 256 levels run as float arithmetic.
+    Ranges per channel run as float arithmetic.
     """
 
     def call(self, inputs, training=None):
@@ -33,9 +33,10 @@ class FixedFakeQuantize(FakeQuantize):
             step = self.quantizer.step()
         levels = self.quantizer.levels
         x = tf.cast(inputs, tf.float32)
-        if levels != CODES:
+        per_channel = step.size > 1
+        if levels < CODES or per_channel:
             x = tf.clip_by_value(x, low, high)
-        if levels > CODES or step.size > 1:
+        if per_channel:
             y = tf.floor(x / step + 0.5) * step
         else:
             y = tf.quantization.fake_quant_with_min_max_vars(
