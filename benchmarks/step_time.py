@@ -2,15 +2,15 @@
 
     python benchmarks/step_time.py [--blocks 15] [--steps 4]
 
-Both models live in one process; blocks of steps alternate between them, and the medians of the
-blocks' CPU time (all threads of the process) and wall time are compared. Peak memory is that of a
-process of its own per variant, after four steps.
+Both models live in one process; blocks of steps alternate between them, and CPU time (all threads
+of the process) and wall time are compared block by block. Peak memory is that of a process of its
+own per variant, after four steps (Linux).
 """
 
 import concurrent.futures
 import multiprocessing
 import pathlib
-import resource
+import re
 import statistics
 import sys
 import time
@@ -61,22 +61,22 @@ def block(model, data, labels, steps):
 
 
 def time_ratios(network, blocks, steps):
-    """Return the ratios (CPU, wall) quantized / float, medians of interleaved blocks."""
+    """Return the ratios (CPU, wall) quantized / float: medians over pairs of blocks."""
     models = [compiled(network, quantized) for quantized in (False, True)]
     for model in models:
         block(*model, 2)  # traces
     times = [[block(*model, steps) for model in models] for _ in range(blocks)]
     return [
-        statistics.median(quantized[i] for _, quantized in times)
-        / statistics.median(plain[i] for plain, _ in times)
-        for i in (0, 1)
+        statistics.median(quantized[i] / plain[i] for plain, quantized in times) for i in (0, 1)
     ]
 
 
 def peak_memory(network, quantized):
     """Return the peak resident memory of this process after four steps, in KiB."""
     block(*compiled(network, quantized), 4)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Not `getrusage`: its peak is inherited from the process that started this one.
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+)", status).group(1))
 
 
 def memory_ratio(network):

@@ -50,6 +50,8 @@ class RangeTraining(NamedTuple):
     def scaled(self, gradients, parametrization, x):
         """Return the gradients of the parameters times their factor."""
         if not self.lsq:
+            if self.multiplier == 1.0:
+                return gradients
             factor = self.multiplier
         else:
             elements = ops.cast(ops.size(x), "float32") / ops.cast(
@@ -174,7 +176,7 @@ def _round(x, low, high, step, zero_point):
 
 
 def _backward(g, x, parameters, parametrization, training):
-    """Gradients from whole-array operations: the reference way, used by JAX and torch."""
+    """Gradients from whole-array operations, as JAX and torch run them."""
     grid = _grid(*parametrization.bounds(*parameters), parametrization.levels)
     low, high = grid[:2]
     is_below, is_above = x < low, x > high
@@ -247,11 +249,18 @@ def _tensorflow():
     def quantize(x, parameters, parametrization, training):
         @tf.custom_gradient
         def apply(x, *parameters):
-            def backward(g):
-                dx, gradients = _backward(g, x, parameters, parametrization, training)
-                return dx, *(gradients or [None] * len(parameters))
+            low, high = parametrization.bounds(*parameters)
+            grid = _TensorFlowGrid(tf, x, low, high, parametrization.levels)
+            y = grid.forward(x)
 
-            return _tensorflow_forward(tf, x, parameters, parametrization), backward
+            def backward(g):
+                dx, *sums = grid.backward(g, x, y, training.learnable)
+                if not sums:
+                    return dx, *(None for _ in parameters)
+                gradients = parametrization.gradients(parameters, *sums)
+                return dx, *training.scaled(gradients, parametrization, x)
+
+            return y, backward
 
         # Read variables here: inside, `custom_gradient` would ask for their gradient apart.
         return apply(*map(tf.convert_to_tensor, (x, *parameters)))
@@ -259,27 +268,76 @@ def _tensorflow():
     return quantize
 
 
-def _tensorflow_forward(tf, x, parameters, parametrization):
-    """TensorFlow's own operation, the one that converters know."""
-    low, high = parametrization.bounds(*parameters)
-    levels = parametrization.levels
-    grid = {"num_bits": levels.bit_length() - (levels & (levels - 1) == 0)}
-    grid["narrow_range"] = levels < 2 ** grid["num_bits"]
-    kept = [i for i, size in enumerate(low.shape) if size != 1]
-    if not kept:
-        low, high = tf.reshape(low, ()), tf.reshape(high, ())
-        return tf.quantization.fake_quant_with_min_max_vars(x, low, high, **grid)
-    low, high = tf.reshape(low, (-1,)), tf.reshape(high, (-1,))
-    rest = [i for i in range(len(x.shape)) if i not in kept]
-    order = rest + kept
-    moved = x if order == sorted(order) else tf.transpose(x, order)
-    y = tf.quantization.fake_quant_with_min_max_vars_per_channel(
-        tf.reshape(moved, (-1, low.shape[0])), low, high, **grid
-    )
-    y = tf.reshape(y, tf.shape(moved))
-    if moved is not x:
-        y = tf.transpose(y, [order.index(i) for i in range(len(order))])
-    return tf.ensure_shape(y, x.shape)
+class _TensorFlowGrid:
+    """TensorFlow's own operations, the ones that converters know: one pass over the tensor each.
+
+    Args:
+        tf: the module.
+        x: tensor to be rounded.
+        low, high: range, of shape `()` or with the size of x on the kept axes and 1 elsewhere.
+        levels: number of levels.
+    """
+
+    def __init__(self, tf, x, low, high, levels):
+        bits = levels.bit_length() - (levels & (levels - 1) == 0)
+        self.tf = tf
+        self.options = {"num_bits": bits, "narrow_range": levels < 2**bits}
+        self.range_shape = tuple(low.shape)
+        kept = [i for i, size in enumerate(self.range_shape) if size != 1]
+        self.per_channel = bool(kept)
+        self.low, self.high = (tf.reshape(t, (-1,) if kept else ()) for t in (low, high))
+        rest = [i for i in range(len(x.shape)) if i not in kept]
+        self.order = rest + kept
+        self.moves = self.per_channel and self.order != sorted(self.order)
+
+    def forward(self, x):
+        """Return x rounded."""
+        quantization = self.tf.quantization
+        if not self.per_channel:
+            return quantization.fake_quant_with_min_max_vars(x, self.low, self.high, **self.options)
+        y = quantization.fake_quant_with_min_max_vars_per_channel(
+            self._channels_last(x), self.low, self.high, **self.options
+        )
+        return self._restored(y, x)
+
+    def backward(self, g, x, y, with_sums):
+        """Return `dx` and, where `with_sums`, the sums (rounding, below, above) per range value."""
+        tf = self.tf
+        if not self.per_channel:
+            dx, below, above = tf.quantization.fake_quant_with_min_max_vars_gradient(
+                g, x, self.low, self.high, **self.options
+            )
+            if not with_sums:
+                return (dx,)
+            # A matrix product of one row and one column: products are summed without being stored.
+            rows = (tf.reshape(t, (1, -1)) for t in (dx, y - x))
+            sums = tf.linalg.matmul(*rows, transpose_b=True), below, above
+            return dx, *(tf.reshape(t, self.range_shape) for t in sums)
+        flat = self._channels_last(x)
+        dx, below, above = tf.quantization.fake_quant_with_min_max_vars_per_channel_gradient(
+            self._channels_last(g), flat, self.low, self.high, **self.options
+        )
+        restored = self._restored(dx, x)
+        if not with_sums:
+            return (restored,)
+        rounding = tf.reduce_sum(dx * (self._channels_last(y) - flat), axis=0)
+        return restored, *(tf.reshape(t, self.range_shape) for t in (rounding, below, above))
+
+    def _channels_last(self, x):
+        """Bring the kept axes to the end, as one; the others become one too."""
+        moved = self.tf.transpose(x, self.order) if self.moves else x
+        return self.tf.reshape(moved, (-1, self.low.shape[0]))
+
+    def _restored(self, flat, x):
+        """Undo `_channels_last`."""
+        tf = self.tf
+        shape = tf.shape(x)
+        if self.moves:
+            y = tf.reshape(flat, tf.gather(shape, self.order))
+            y = tf.transpose(y, [self.order.index(i) for i in range(len(self.order))])
+        else:
+            y = tf.reshape(flat, shape)
+        return tf.ensure_shape(y, x.shape)
 
 
 def observe(x, update):

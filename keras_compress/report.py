@@ -14,7 +14,7 @@ from keras_compress.graph.flops import flops
 from keras_compress.graph.trace import trace
 from keras_compress.graph.walk import Role
 from keras_compress.layers import CompressedLayer, layer_spec
-from keras_compress.quantizers import Quantizer
+from keras_compress.quantizers import Quantizer, SymmetricQuantizer
 from keras_compress.rendering import Rendered
 
 FLOAT_BYTES = 4
@@ -34,7 +34,7 @@ class LayerReport:
         activation_bits: width of the input, the widest if they differ; None where it is float.
         bytes_before: size of the weights in float32.
         bytes_after: size as OpenVINO IR stores them: whole numbers of 2, 4 or 8 bits and a float32
-            step per range; weights without a quantizer stay float32.
+            step per range; weights without a quantizer, or on a grid with an offset, are float32.
         reason: why the layer was left in float, where it was.
     """
 
@@ -195,10 +195,7 @@ def _layer_report(node, count, reason):
     weights = op.plain_weights if compressed else getattr(op, "weights", [])
     parameters = sum(math.prod(weight.shape) for weight in weights)
     integers = _trained_integers(op) if compressed else _found_integers(op)
-    saved = sum(
-        FLOAT_BYTES * (size - constants) - math.ceil(size * stored / 8)
-        for _, stored, size, constants in integers
-    )
+    saved = sum(size * FLOAT_BYTES - stored for _, size, stored in integers)
     widths = [_edge_bits(edge) for edge in node.inputs if edge.dtype.startswith(("float", "bfl"))]
     return LayerReport(
         layer=node.name,
@@ -214,25 +211,19 @@ def _layer_report(node, count, reason):
 
 
 def _trained_integers(layer):
-    """Yield (bits, stored bits, size, float constants) per quantized weight of a layer."""
-    return [
-        (
-            quantizer.bits,
-            _stored_bits(quantizer),
-            math.prod(layer.raw_weight(weight).shape),
-            sum(math.prod(variable.shape) for variable in quantizer.range_variables),
-        )
-        for weight in layer.weight_names
-        for quantizer in layer.transforms_of(weight)
-        if isinstance(quantizer, Quantizer)
-    ]
-
-
-def _stored_bits(quantizer):
-    """Width of the type in OpenVINO IR that holds the codes of a quantizer."""
-    if quantizer.levels <= 4:
-        return 2
-    return 4 if quantizer.level_low >= -8 and quantizer.level_high <= 7 else 8
+    """Return (bits, size, bytes in OpenVINO IR) of every quantized weight of a layer."""
+    rows = []
+    for weight in layer.weight_names:
+        size = math.prod(layer.raw_weight(weight).shape)
+        for quantizer in layer.transforms_of(weight):
+            if isinstance(quantizer, SymmetricQuantizer):
+                stored = _stored_bytes(size, _stored_bits(quantizer), quantizer.scale)
+                rows.append((quantizer.bits, size, stored))
+            elif isinstance(quantizer, Quantizer):  # whether its grid has an offset, values tell
+                axes = layer_spec(layer).channel_axes(layer, weight)
+                found = integer_weight(layer.effective_weight(weight), axes)
+                rows.append((quantizer.bits, size, _found_bytes(size, found)))
+    return rows
 
 
 def _found_integers(op):
@@ -240,13 +231,29 @@ def _found_integers(op):
     spec = layer_spec(op)
     rows = []
     for name in spec.weights if spec is not None else ():
-        values = keras.ops.convert_to_numpy(getattr(op, name))
+        values = keras.ops.convert_to_numpy(keras.ops.convert_to_tensor(getattr(op, name)))
         found = integer_weight(values, spec.channel_axes(op, name))
         if found is not None:
-            bits = int(found.storage[1:])
-            constants = found.step.size * (2 if found.offset.any() else 1)
-            rows.append((bits, bits, values.size, constants))
+            rows.append((int(found.storage[1:]), values.size, _found_bytes(values.size, found)))
     return rows
+
+
+def _stored_bits(quantizer):
+    """Width of the type in OpenVINO IR that holds the codes of a symmetric quantizer."""
+    if quantizer.levels <= 4:
+        return 2
+    return 4 if quantizer.level_low >= -8 and quantizer.level_high <= 7 else 8
+
+
+def _found_bytes(size, found):
+    """Bytes in OpenVINO IR of an `IntegerWeight`, or None; with an offset it is stored in float."""
+    if found is None or found.offset.any():
+        return FLOAT_BYTES * size
+    return _stored_bytes(size, int(found.storage[1:]), found.step)
+
+
+def _stored_bytes(size, bits, steps):
+    return math.ceil(size * bits / 8) + FLOAT_BYTES * math.prod(steps.shape)
 
 
 def _edge_bits(edge):

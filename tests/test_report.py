@@ -88,11 +88,21 @@ def test_stripped_model_reads_widths_off_the_values(data):
         assert after["dense"].bytes_after == before["dense"].bytes_after
 
 
-def test_asymmetric_weights_keep_two_numbers_per_range(data):
-    model = compressed(network(), data, weights={"mode": "asymmetric"})
+@pytest.mark.parametrize("shift, fits", [(0.0, False), (0.4, False), (-1.0, True)])
+def test_asymmetric_weights_with_an_offset_stay_float_in_the_file(data, shift, fits):
+    model = network()
+    dense = model.get_layer("dense")
+    random = np.random.default_rng(1)
+    # Codes around zero of a full 8-bit grid with a zero of its own pass 127; 4-bit ones never do.
+    dense.kernel.assign(random.uniform(-1, 1, dense.kernel.shape) + shift)
+    overrides = {"weights": {"dense": {"bits": 4}}} if fits else {}
+    model = compressed(model, data, weights={"mode": "asymmetric"}, scope_overrides=overrides)
     parameters, _, kernel, scales = EXPECTED["dense"]
-    row = by_name(kc.report(model))["dense"]
-    assert row.bytes_after == kernel + 2 * 4 * scales + 4 * (parameters - kernel)
+    stored = kernel + 4 * scales if fits else 4 * kernel
+    for described in (model, kc.strip(model)):
+        row = by_name(kc.report(described))["dense"]
+        assert row.bytes_after == stored + 4 * (parameters - kernel)
+        assert row.weight_bits == (4 if fits and described is model else 8)
 
 
 def test_separable_and_shared_layers_and_embeddings():

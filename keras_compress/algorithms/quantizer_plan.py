@@ -33,7 +33,8 @@ def quantization_plan(options, graph, config, with_data):
         if node.role is Role.WEIGHTED and options.selects_weight(node.name)
         for weight in layer_spec(node.op).weights
     )
-    edges = tuple(_edge_entry(options, group, common) for group in groups)
+    inputs = _input_edges(graph)
+    edges = tuple(_edge_entry(options, group, common, inputs) for group in groups)
     options.check_scopes(
         [node.name for node in graph.nodes if node.role is Role.WEIGHTED],
         [edge.name for edge in graph.edges] + [node.name for node in graph.nodes],
@@ -83,8 +84,12 @@ def _weight_entry(options, config, node, weight, is_first, common):
     return WeightEntry(node.name, weight, (make,), text)
 
 
-def _edge_entry(options, group, common):
+def _edge_entry(options, group, common, inputs):
     edge = group.edges[0]
+    if inputs.issuperset(group.edges):
+        # The range of data is known once it was seen; to learn it, the gradient of the first
+        # layer's input would have to be computed for it alone.
+        common = common | {"learnable": False}
     spec = options.activation_spec(edge.name)
     axis = _depthwise_channels(group) if spec.per_channel else None
     kind = AsymmetricQuantizer if spec.mode == "asymmetric" else SymmetricQuantizer

@@ -3,8 +3,9 @@
 The rules, in the order in which they are applied:
 
 1. Every input of an operation that can run in integers wants an integer edge.
-2. An operation that folds into the one before it (batch normalization and activations after a
-   convolution, activations after an addition) wants none: the pair is one operation at run time.
+2. What runs as one operation is rounded at its end alone: batch normalization and activations
+   after a convolution, activations after an addition, and an addition after a convolution, of
+   whose two operands only the other one is rounded.
 3. A want moves up through operations that only move data, as long as everything that reads the
    moved tensor wants integers too.
 4. One quantizer per tensor; everything that wants integers reads the rounded tensor.
@@ -21,6 +22,16 @@ from keras_compress.layers import layer_spec
 # Element-wise functions that an integer runtime evaluates in float when nothing is before them
 # to fuse with; a plain ReLU is a clip and costs nothing either way.
 CLIPS = ("ReLU", "Relu", "Relu6")
+CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
+# Layers that do nothing at inference.
+TRANSPARENT = (
+    keras.layers.Dropout,
+    keras.layers.SpatialDropout1D,
+    keras.layers.SpatialDropout2D,
+    keras.layers.SpatialDropout3D,
+    keras.layers.ActivityRegularization,
+    keras.layers.Identity,
+)
 TWO_OPERANDS = ("Add", "Subtract", "Multiply", "Maximum", "Minimum", "Matmul")
 
 
@@ -64,8 +75,9 @@ def _wants(graph, wanted):
     return {
         (node, edge)
         for node in graph.nodes
+        if _wants_integer(node, wanted)
         for edge in node.inputs
-        if _is_float_tensor(edge) and _wants_integer(node, wanted)
+        if _is_float_tensor(edge) and edge is not _accumulated(node, wanted, graph.outputs)
     }
 
 
@@ -102,6 +114,31 @@ def folded_into(node):
     if node.role is Role.ACTIVATION and before.role in (Role.ARITHMETIC, Role.NORMALIZATION):
         return before
     return None
+
+
+def _accumulated(node, wanted, outputs):
+    """Return the input of an addition that stays in the accumulator of a convolution, or None.
+
+    An integer convolution (with its batch normalization) that only the addition reads runs as one
+    operation with it: the other operand is added before anything is rounded. Where both operands
+    are such, it is the second.
+    """
+    if type(node.op).__name__ != "Add" or len(node.inputs) != 2:
+        return None
+    edges = [edge for edge in node.inputs if edge.shape == node.output.shape]
+    return next((e for e in edges[::-1] if e not in outputs and _is_convolved(e, wanted)), None)
+
+
+def _is_convolved(edge, wanted):
+    """Whether an integer convolution makes a tensor, through batch normalization at most."""
+    node = edge.producer
+    if node is None or len(edge.consumers) != 1:
+        return False
+    if isinstance(node.op, TRANSPARENT):
+        return _is_convolved(node.inputs[0], wanted)
+    if node.role is Role.NORMALIZATION:
+        node = folded_into(node)
+    return node is not None and isinstance(node.op, CONVOLUTIONS) and wanted(node)
 
 
 def _has_constant_operand(node):
