@@ -115,7 +115,7 @@ def main(
                 f"{np.sum(deployed.argmax(-1) == classes)}/{len(labels)}",
                 f"{decibels(reference, deployed):.1f}",
             )
-    Console().print(table)
+    Console(width=140).print(table)
 
 
 if __name__ == "__main__":
