@@ -5,9 +5,10 @@
 Random weights; batch-norm statistics are made real on random data first. Our model is compressed,
 trained one step, stripped, exported and verified; NNCF quantizes our float IR with the same data.
 Columns: the largest difference between the IR and the trained model as a share of the output
-range; the same between the trained model and itself compiled by XLA, which adds the same numbers in
-another order: no exported file can be nearer to both; layers with weights that run in 8 bits, ours and NNCF's; sizes of the .bin as ratios to the
-float32 one; latencies as ratios, measured in one run, interleaved.
+range; the same between the trained model and itself compiled by XLA, which adds the same numbers
+in another order: no exported file can be nearer than that to both; layers with weights that run
+in 8 bits, ours and NNCF's; sizes of the .bin as ratios to the float32 one; latencies as ratios,
+measured in one run, interleaved.
 """
 
 import pathlib

@@ -16,6 +16,7 @@ import numpy as np
 
 from keras_compress.export.integer_weights import integer_weight
 from keras_compress.export.saved_model import write_saved_model
+from keras_compress.graph.walk import unique_name
 from keras_compress.layers import layer_spec
 
 # Operation -> axes of its weight that keep a step per index (output channels, groups).
@@ -241,13 +242,7 @@ def _digest(array):
 def _name_chain(op, layer, taken):
     """Name an operation after its layer, and what follows it alone: bias, batch norm, layout."""
     while op is not None:
-        name = unique = f"{layer}/{op.get_type_name()}"
-        count = 0
-        while unique in taken:
-            count += 1
-            unique = f"{name}_{count}"
-        taken.add(unique)
-        op.set_friendly_name(unique)
+        op.set_friendly_name(unique_name(f"{layer}/{op.get_type_name()}", taken))
         op = _follower(op)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from keras_compress.compress import strip
 from keras_compress.graph.rebuild import rebuild
 from keras_compress.graph.trace import trace
+from keras_compress.graph.walk import unique_name
 from keras_compress.layers import FakeQuantize
 
 CODES = 256  # levels of the integer type that inference engines compute with
@@ -91,24 +92,15 @@ def signature_names(model):
     if outputs is None:
         outputs = [_output_name(edge, index) for index, edge in enumerate(graph.outputs)]
     inputs = [edge.name for edge in graph.inputs]
-    return inputs, _unique(inputs + outputs)[len(inputs) :]
+    taken = set()
+    # A layer may give several outputs, an input be one.
+    unique = [unique_name(name, taken) for name in inputs + outputs]
+    return unique[: len(inputs)], unique[len(inputs) :]
 
 
 def _output_name(edge, index):
     from_layer = edge.producer and isinstance(edge.producer.op, keras.layers.Layer)
     return edge.name if from_layer else f"output_{index}"
-
-
-def _unique(names):
-    """Number the repetitions of a name: a layer may give several outputs, an input be one."""
-    unique = []
-    for name in names:
-        candidate, count = name, 0
-        while candidate in unique:
-            count += 1
-            candidate = f"{name}_{count}"
-        unique.append(candidate)
-    return unique
 
 
 def serving_function(model, input_names, output_names):

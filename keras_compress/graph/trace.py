@@ -11,7 +11,7 @@ import re
 
 import keras
 
-from keras_compress.graph.walk import SEPARATOR, Edge, Graph, Node, copy_operation
+from keras_compress.graph.walk import SEPARATOR, Edge, Graph, Node, copy_operation, unique_name
 from keras_compress.layers import layer_spec
 
 COMPOSITE_LAYERS = tuple(
@@ -126,7 +126,7 @@ class _Tracer:
             op = self.bare_operation(op, name)
         node = Node(name, op, tuple(args), kwargs, reason=reason)
         for tensor in outputs:
-            edge_name = _unique(name, self.edge_names, f"{SEPARATOR}output")
+            edge_name = unique_name(name, self.edge_names, f"{SEPARATOR}output")
             node.outputs.append(Edge(tuple(tensor.shape), tensor.dtype, edge_name, node))
         self.nodes.append(node)
         return node.outputs
@@ -152,7 +152,7 @@ class _Tracer:
         if id(op) not in self.names:
             bare = not isinstance(op, keras.layers.Layer)
             base = path + (re.sub(r"_\d+$", "", op.name) if bare and path else op.name)
-            self.names[id(op)] = _unique(base, self.taken, "_")
+            self.names[id(op)] = unique_name(base, self.taken, "_")
             self.kept.append(op)
         return self.names[id(op)]
 
@@ -178,16 +178,6 @@ def _is_composite(op):
     if type(op).__module__.partition(".")[0] in ("keras", "keras_compress"):
         return False
     return bool(op._flatten_layers(include_self=False, recursive=False))
-
-
-def _unique(base, taken, joint):
-    """Return `base`, numbered where it is taken already, and take it."""
-    name, count = base, 0
-    while name in taken:
-        count += 1
-        name = f"{base}{joint}{count}"
-    taken.add(name)
-    return name
 
 
 def _own_graph(op):

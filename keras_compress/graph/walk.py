@@ -28,6 +28,16 @@ def copy_operation(op, name):
     return twin
 
 
+def unique_name(base, taken, joint="_"):
+    """Return `base`, numbered behind `joint` where it is in the set `taken`, and put it there."""
+    name, count = base, 0
+    while name in taken:
+        count += 1
+        name = f"{base}{joint}{count}"
+    taken.add(name)
+    return name
+
+
 class Role(enum.Enum):
     """What an operation does to the values of its inputs."""
 
