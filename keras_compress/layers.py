@@ -16,7 +16,7 @@ import types
 
 import keras
 import numpy as np
-from keras.src.backend.common.stateless_scope import in_stateless_scope
+from keras.src.backend.common.stateless_scope import get_stateless_scope, in_stateless_scope
 
 from keras_compress.quantizers import Quantizer, SymmetricQuantizer
 from keras_compress.ranges import Observer
@@ -234,16 +234,20 @@ class CompressedLayer:
         transforms = [t for name in self.weight_names for t in self.transforms_of(name)]
         if all(t.calibrated for t in transforms if isinstance(t, Quantizer)):
             return
-        if any(self.raw_weight(name)._value is None for name in self.weight_names):
-            return
+        weights = [self.raw_weight(name) for name in self.weight_names]
         if in_stateless_scope():
-            if keras.backend.backend() == "jax":
+            # A scope that holds values is a step of training on JAX, where ranges cannot be set.
+            if any(
+                get_stateless_scope().get_current_value(weight) is not None for weight in weights
+            ):
                 raise ValueError(
                     f"Layer '{self.name}' has quantizers without a range. Call the model on a "
                     "batch once before it is trained or traced."
                 )
             return
-        with _eagerly():
+        if any(weight._value is None for weight in weights):
+            return
+        with _outside_of_graphs():
             self.initialize_ranges()
 
     def initialize_ranges(self, make_observer=Observer, force=False):
@@ -287,15 +291,6 @@ class CompressedLayer:
 
 def _outside_of_graphs():
     """Context in which variables can be read: a layer may be built while TensorFlow traces."""
-    if keras.backend.backend() != "tensorflow":
-        return contextlib.nullcontext()
-    import tensorflow as tf
-
-    return tf.init_scope()
-
-
-def _eagerly():
-    """Leave the function that TensorFlow is tracing, if any: variables have values outside."""
     if keras.backend.backend() != "tensorflow":
         return contextlib.nullcontext()
     import tensorflow as tf

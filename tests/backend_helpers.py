@@ -2,8 +2,14 @@
 
 import keras
 import numpy as np
+import pytest
 
 BACKEND = keras.backend.backend()
+
+
+one_step_per_execution = pytest.mark.skipif(
+    BACKEND == "torch", reason="Keras refuses steps_per_execution other than 1 on torch"
+)
 
 
 def numpy(tensor):

@@ -7,7 +7,7 @@ import sys
 import keras
 import numpy as np
 import pytest
-from backend_helpers import numpy
+from backend_helpers import numpy, one_step_per_execution
 
 import keras_compress as kc
 from keras_compress.layers import CompressedLayer, FakeQuantConv2D, FakeQuantDense, FakeQuantize
@@ -258,7 +258,10 @@ def test_frozen_layers_stay_frozen():
     assert compressed.get_layer("head").trainable_variables != []
 
 
-@pytest.mark.parametrize("options", [{"steps_per_execution": 4}, {"run_eagerly": True}])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param({"steps_per_execution": 4}, marks=one_step_per_execution), {"run_eagerly": True}],
+)
 def test_compile_options(options):
     model = compress(data=None)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)

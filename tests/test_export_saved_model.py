@@ -6,7 +6,7 @@ import keras
 import models
 import numpy as np
 import pytest
-from backend_helpers import numpy
+from backend_helpers import BACKEND, numpy
 from export_helpers import IMAGE, compressed, images, network, outputs_of
 
 import keras_compress as kc
@@ -156,7 +156,9 @@ def test_a_saved_model_runs_in_tensorflow_and_holds_its_origin(tmp_path):
     received = serve(**{IMAGE: tf.constant(images())})
     assert sorted(received) == sorted(model.output_names)
     for name, expected in zip(model.output_names, outputs_of(model), strict=True):
-        np.testing.assert_allclose(received[name].numpy(), expected, atol=1e-5)
+        differs = np.abs(received[name].numpy() - expected) > 1e-5
+        # Another backend may round a value in the middle between two levels the other way.
+        assert differs.mean() <= (0 if BACKEND == "tensorflow" else 1e-3)
     origin = json.loads((tmp_path / "model/assets.extra/keras_compress.json").read_text())
     assert origin["version"] == kc.__version__
     assert origin["config"]["compression"][0]["algorithm"] == "quantization"

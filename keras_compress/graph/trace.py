@@ -265,7 +265,7 @@ def _called_graph(model):
         return keras.Input(batch_shape=(None, *shape[1:]), dtype=model.variable_dtype)
 
     kwargs = {
-        name: keras.tree.map_shape_structure(make_input, shape)
+        name: keras.tree.map_shape_structure(make_input, _untracked(shape))
         for name, shape in structures.items()
     }
     inputs = keras.tree.flatten(kwargs)
@@ -273,6 +273,15 @@ def _called_graph(model):
         tensor.name = "input" if len(inputs) == 1 else f"input_{index}"
     structure = next(iter(kwargs.values())) if len(kwargs) == 1 else inputs
     return keras.Function(structure, model(**kwargs))
+
+
+def _untracked(structure):
+    """Return a structure of shapes without the tracked lists and dicts that Keras keeps it in."""
+    if isinstance(structure, dict):
+        return {key: _untracked(value) for key, value in structure.items()}
+    if isinstance(structure, list):
+        return [_untracked(value) for value in structure]
+    return structure
 
 
 @contextlib.contextmanager
