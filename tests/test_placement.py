@@ -92,6 +92,15 @@ def test_concatenation_shares_one_quantizer():
     assert tensors(keras.Model(i, conv(x, "c"))) == {("image",), ("a", "b")}
 
 
+def test_tensors_that_meet_in_a_concatenation_through_other_movement_share_one_quantizer():
+    i = image()
+    x = conv(i, "x", activation="relu")
+    pooled = layers.MaxPooling2D(3, 1, "same", name="pool")(x)
+    inner = layers.Concatenate(name="inner")([conv(x, "a"), conv(x, "b")])
+    outer = layers.Concatenate(name="outer")([inner, pooled])
+    assert tensors(keras.Model(i, conv(outer, "c"))) == {("image",), ("x", "a", "b")}
+
+
 def test_quantizers_move_up_through_data_movement():
     i = image()
     x = layers.MaxPooling2D(name="pool")(conv(i, "a", activation="relu"))

@@ -9,7 +9,8 @@ The rules, in the order in which they are applied:
 3. A want moves up through operations that only move data, as long as everything that reads the
    moved tensor wants integers too.
 4. One quantizer per tensor; everything that wants integers reads the rounded tensor.
-5. Tensors that meet in a concatenation share one quantizer, so that it stays data movement.
+5. Tensors that meet in a concatenation, moved or not, share one quantizer, so that it stays data
+   movement.
 """
 
 import dataclasses
@@ -182,18 +183,21 @@ def _move_up(graph, wants, targets):
 
 
 def _unify(graph, targets, moved):
-    """Rules 4 and 5: group the target edges; inputs of one moved node share a group."""
-    group_of = {edge: [edge] for edge in graph.edges if edge in targets}
+    """Rules 4 and 5: group the target edges that data movement leads into one tensor."""
+    leader = {edge: edge for edge in graph.edges}
+
+    def find(edge):
+        while leader[edge] is not edge:
+            edge = leader[edge]
+        return edge
+
     for node in moved:
-        sources = [edge for edge in node.inputs if edge in group_of]
-        for edge in sources[1:]:
-            first, other = group_of[sources[0]], group_of[edge]
-            if first is not other:
-                first.extend(other)
-                group_of.update(dict.fromkeys(other, first))
-    seen, groups = set(), []
-    for group in group_of.values():
-        if id(group) not in seen:
-            seen.add(id(group))
-            groups.append(group)
-    return groups
+        # Values are on one grid before and after: through every edge, rounded itself or not.
+        first, *others = filter(_is_float_tensor, [*node.inputs, *node.outputs])
+        for edge in others:
+            leader[find(edge)] = find(first)
+    groups = {}
+    for edge in graph.edges:
+        if edge in targets:
+            groups.setdefault(find(edge), []).append(edge)
+    return list(groups.values())
