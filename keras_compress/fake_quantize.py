@@ -25,6 +25,7 @@ One function per backend joins the two: `fake_quantize(x, parameters, parametriz
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import keras
@@ -64,15 +65,18 @@ class RangeTraining(NamedTuple):
 class Symmetric(NamedTuple):
     """Range around zero with one trained parameter, `scale`, the value of the highest level.
 
-    Formulas, with `s = |scale| + eps`:
+    Formulas, with `s = min(|scale| + eps, limit)`:
 
         low = s * level_low / level_high          high = s
 
-    The gradient of the scale is `d range` of the module's formulas, with `range = s - low`.
+    The gradient of the scale is `d range` of the module's formulas, with `range = s - low`; it
+    passes straight through the minimum. `limit` is a bound of the tensor (6 after a ReLU6, None:
+    no bound), so nothing lies above a range that has reached it.
     """
 
     level_low: int
     level_high: int
+    limit: float | None = None
 
     @property
     def levels(self):
@@ -85,12 +89,16 @@ class Symmetric(NamedTuple):
     def bounds(self, scale):
         """Return (low, high)."""
         high = ops.abs(scale) + EPSILON
+        if self.limit is not None:
+            high = ops.minimum(high, self.limit)
         return high * self.ratio, high
 
     def gradients(self, parameters, rounding, below, above):
         """Return the gradient of each parameter, from the three sums."""
         (scale,) = parameters
         low, high = self.bounds(scale)
+        if self.limit is not None:
+            above = ops.where(high < self.limit, above, 0.0)
         gradient = rounding / (high - low) + above
         if self.level_low:
             gradient = gradient + self.ratio * below
@@ -247,6 +255,8 @@ def _tensorflow():
     import tensorflow as tf
 
     def quantize(x, parameters, parametrization, training):
+        x = _before_relu(x, parametrization)
+
         @tf.custom_gradient
         def apply(x, *parameters):
             low, high = parametrization.bounds(*parameters)
@@ -266,6 +276,21 @@ def _tensorflow():
         return apply(*map(tf.convert_to_tensor, (x, *parameters)))
 
     return quantize
+
+
+def _before_relu(x, parametrization):
+    """Return the tensor that a ReLU made x from, where rounding clips as the ReLU does, else x.
+
+    It is for graphs: what nothing reads is not computed. The gradient differs where the tensor
+    before the ReLU is exactly zero: TensorFlow's ReLU stops it there, the grid's end does not.
+    """
+    made_by = getattr(x, "op", None)  # None: computed at once, outside of a graph
+    unsigned = isinstance(parametrization, Symmetric) and parametrization.level_low == 0
+    if made_by is None or not unsigned or made_by.type not in ("Relu", "Relu6"):
+        return x
+    cap = 6.0 if made_by.type == "Relu6" else math.inf
+    limit = math.inf if parametrization.limit is None else parametrization.limit
+    return made_by.inputs[0] if limit <= cap else x
 
 
 class _TensorFlowGrid:
@@ -309,8 +334,10 @@ class _TensorFlowGrid:
             )
             if not with_sums:
                 return (dx,)
+            with tf.control_dependencies([dx]):  # the last reader of x: its memory can be reused
+                error = y - x
             # A matrix product of one row and one column: products are summed without being stored.
-            rows = (tf.reshape(t, (1, -1)) for t in (dx, y - x))
+            rows = (tf.reshape(t, (1, -1)) for t in (dx, error))
             sums = tf.linalg.matmul(*rows, transpose_b=True), below, above
             return dx, *(tf.reshape(t, self.range_shape) for t in sums)
         flat = self._channels_last(x)

@@ -184,11 +184,16 @@ class SymmetricQuantizer(Quantizer):
     """Quantizer with zero in the middle of its range (signed) or at its lower end (unsigned).
 
     Levels for b bits: signed `[-2^(b-1), 2^(b-1) - 1]`, unsigned `[0, 2^b - 1]`; a narrow range
-    leaves out the lowest (signed) or the highest (unsigned). With `s = |scale| + eps`:
+    leaves out the lowest (signed) or the highest (unsigned). With `s = min(|scale| + eps, limit)`:
 
         step = s / level_high        low = step * level_low        high = s
 
         d scale = sum g * ((y - x) / (high - low) * inside + level_low / level_high * below + above)
+
+    Args:
+        limit: the largest magnitude that values can have (6 after a ReLU6), past which the range
+            does not grow. None: there is no such bound.
+        *args, **kwargs: as for `Quantizer`.
 
     Example:
 
@@ -200,6 +205,12 @@ class SymmetricQuantizer(Quantizer):
 
     Reference: Jain et al., "Trained quantization thresholds" (arXiv:1903.08066), section 3.
     """
+
+    def __init__(self, *args, limit=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        if limit is not None and not limit > 0:
+            raise ValueError(f"Expected None or a positive limit. Received: limit={limit!r}")
+        self.limit = limit
 
     @property
     def level_low(self):
@@ -226,7 +237,7 @@ class SymmetricQuantizer(Quantizer):
 
     @property
     def parametrization(self):
-        return Symmetric(self.level_low, self.level_high)
+        return Symmetric(self.level_low, self.level_high, self.limit)
 
     def build(self, input_shape):
         self.scale = self._add_range_variable("scale", input_shape)
@@ -243,6 +254,9 @@ class SymmetricQuantizer(Quantizer):
         self.signed = both_signs or self.signed is True
         scale = np.maximum(np.abs(minimum), np.abs(maximum))
         self.scale.assign(_floored(scale))
+
+    def get_config(self):
+        return super().get_config() | {"limit": self.limit}
 
 
 class AsymmetricQuantizer(Quantizer):

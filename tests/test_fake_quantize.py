@@ -287,6 +287,65 @@ def test_tensorflow_graph_holds_the_operations_that_converters_know():
         assert node.attr["num_bits"].i == 4 and not node.attr["narrow_range"].b
 
 
+@pytest.mark.parametrize("scale", [5.0, 6.0, 9.0])
+def test_range_ends_at_the_limit_of_the_tensor_as_the_reference_has_it(scale):
+    random = np.random.default_rng(0)
+    before = random.uniform(-2, 8, SHAPE).astype("float32")
+    g = random.normal(size=SHAPE).astype("float32")
+    x = np.clip(before, 0, 6)
+    reference = Reference.symmetric(min(scale, 6.0), 0, 255)
+    exact, size = reference.backward(np.float64(g), np.float64(x), None)[2]
+    # The second tensor is what the first is made from: the range clips it at 6 all the same.
+    for tensor in (x, before):
+        value, (_, d_scale) = value_and_gradients(
+            lambda x, p: fake_quantize(x, (p,), Symmetric(0, 255, limit=6.0)),
+            [tensor, np.float32(scale)],
+            g,
+        )
+        np.testing.assert_allclose(value, reference.forward(np.float64(x)), rtol=TOLERANCE)
+        # Values at the very end of the range count as rounded, by a unit of float32 each.
+        assert abs(d_scale - exact) <= 10 * TOLERANCE * size
+
+
+@pytest.mark.parametrize(
+    ("relu", "parametrization", "passed_over"),
+    [
+        ("relu", Symmetric(0, 255), True),
+        ("relu", Symmetric(0, 255, limit=6.0), True),
+        ("relu6", Symmetric(0, 255, limit=6.0), True),
+        ("relu6", Symmetric(0, 255, limit=3.0), True),
+        ("relu6", Symmetric(0, 255), False),
+        ("relu", Symmetric(-128, 127), False),
+        ("relu", Asymmetric(255), False),
+        ("elu", Symmetric(0, 255), False),
+    ],
+)
+def test_tensorflow_graph_leaves_a_relu_to_the_clip_of_the_grid(
+    relu, parametrization, passed_over
+):
+    if BACKEND != "tensorflow":
+        pytest.skip("looks at a TensorFlow graph")
+    import tensorflow as tf
+
+    activation = getattr(tf.nn, relu)
+    parameters = [5.0] if isinstance(parametrization, Symmetric) else [-1.0, 5.0]
+
+    def step(x, *parameters):
+        with tf.GradientTape() as tape:
+            tape.watch((x, parameters))
+            y = fake_quantize(activation(x), parameters, parametrization)
+            loss = tf.reduce_sum(y * tf.sin(x))
+        return y, *tape.gradient(loss, (x, *parameters))
+
+    x = tf.random.stateless_uniform(SHAPE, (1, 2), -9.0, 9.0)
+    inputs = (x, *map(tf.constant, parameters))
+    graph = tf.function(step).get_concrete_function(*inputs).graph
+    (rounding,) = (op for op in graph.get_operations() if op.type == "FakeQuantWithMinMaxVars")
+    assert (rounding.inputs[0].op.type == "Placeholder") == passed_over
+    for inside, outside in zip(tf.function(step)(*inputs), step(*inputs), strict=True):
+        np.testing.assert_allclose(inside, outside, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("backend", sorted({"tensorflow", "jax", "torch"} - {BACKEND}))
 def test_golden_numbers_on_the_other_backends(backend):
     if importlib.util.find_spec(backend) is None:

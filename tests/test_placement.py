@@ -85,6 +85,27 @@ def test_the_range_of_inputs_is_not_trained():
     assert trained == {("image",): False, ("a",): True}
 
 
+@pytest.mark.parametrize(
+    ("activation", "limit"),
+    [
+        (keras.layers.ReLU(6.0), 6.0),
+        (keras.layers.ReLU(3), 3),
+        (keras.layers.Activation("relu6"), 6.0),
+        (keras.ops.relu6, 6.0),
+        (keras.layers.ReLU(), None),
+        (keras.layers.ReLU(6.0, negative_slope=0.1), None),
+        (keras.layers.Activation("tanh"), None),
+    ],
+)
+def test_a_range_ends_where_a_capped_relu_does(activation, limit):
+    x = image()
+    y = activation(conv(x, "conv"))
+    entries = plan(keras.Model(x, conv(y, "last"))).edges
+    assert [entry.transform().limit for entry in entries] == [None, limit]
+    entries = plan(keras.Model(x, conv(y, "last")), preset="mixed").edges
+    assert not hasattr(entries[-1].transform(), "limit")
+
+
 def test_concatenation_shares_one_quantizer():
     i = image()
     a, b = conv(i, "a"), conv(i, "b", activation="relu")

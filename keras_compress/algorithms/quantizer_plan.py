@@ -94,9 +94,24 @@ def _edge_entry(options, group, common, inputs):
     axis = _depthwise_channels(group) if spec.per_channel else None
     kind = AsymmetricQuantizer if spec.mode == "asymmetric" else SymmetricQuantizer
     arguments = {"bits": spec.bits, "axis": axis, "signed": spec.signed, **common}
+    if kind is SymmetricQuantizer:
+        arguments["limit"] = _limit(group)
     text = f"{spec.bits} bits {spec.mode} {'per channel' if axis else 'per tensor'}"
     name = edge.name + FAKE_QUANTIZE
     return EdgeEntry(name, group, functools.partial(kind, **arguments), text)
+
+
+def _limit(group):
+    """Return the largest value that the rounded tensors can have where a ReLU caps all, or None."""
+    caps = [_cap(edge.producer.op) if edge.producer else None for edge in group.edges]
+    return None if None in caps else max(caps)
+
+
+def _cap(op):
+    if isinstance(op, keras.layers.ReLU):
+        return None if op.negative_slope else op.max_value
+    is_relu6 = getattr(op, "activation", None) is keras.activations.relu6
+    return 6.0 if is_relu6 or type(op).__name__ == "Relu6" else None
 
 
 def _depthwise_channels(group):
