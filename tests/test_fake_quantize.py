@@ -320,9 +320,7 @@ def test_range_ends_at_the_limit_of_the_tensor_as_the_reference_has_it(scale):
         ("elu", Symmetric(0, 255), False),
     ],
 )
-def test_tensorflow_graph_leaves_a_relu_to_the_clip_of_the_grid(
-    relu, parametrization, passed_over
-):
+def test_tensorflow_graph_leaves_a_relu_to_the_clip_of_the_grid(relu, parametrization, passed_over):
     if BACKEND != "tensorflow":
         pytest.skip("looks at a TensorFlow graph")
     import tensorflow as tf
