@@ -24,7 +24,8 @@ from rich.table import Table
 
 import keras_compress as kc
 from keras_compress.export.benchmark import benchmark
-from keras_compress.export.verify import agreement, compile_on_cpu, layer_precisions
+from keras_compress.export.precisions import layer_precisions
+from keras_compress.export.verify import agreement, compile_on_cpu
 from keras_compress.training.batch_norm import adapt_batch_norm
 
 CONFIG = {
@@ -74,7 +75,7 @@ def nncf_ir(path, target, data):
 
 def count_8_bit(path):
     """Return (layers with weights in 8 bits, layers with weights) of an IR as executed."""
-    layers = layer_precisions(compile_on_cpu(ov.Core(), path), [])
+    layers = layer_precisions(compile_on_cpu(ov.Core(), path))
     return sum(layer.eight_bit for layer in layers), len(layers)
 
 

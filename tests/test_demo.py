@@ -8,7 +8,7 @@ from rich.console import Console
 
 from keras_compress.demo import _problems, digits_network, load_digits, run_demo
 from keras_compress.export import VerifyReport
-from keras_compress.export.verify import LayerPrecision
+from keras_compress.export.precisions import LayerPrecision
 
 
 def test_short_demo_keeps_its_promises(tmp_path):

@@ -11,7 +11,9 @@ from export_helpers import IMAGE, compressed, images, network
 
 import keras_compress as kc
 from keras_compress.export import benchmark
+from keras_compress.export.precisions import LayerPrecision, eight_bit_share
 from keras_compress.export.verify import agreement, random_inputs
+from keras_compress.graph.flops import flops
 from keras_compress.graph.trace import trace
 
 
@@ -35,6 +37,23 @@ def test_the_report_counts_compares_and_is_written(exported):
     written = json.loads(path.with_suffix(".verify.json").read_text())
     assert written == json.loads(json.dumps(report.to_dict()))
     assert (written["layers_8_bit"], written["layers_total"]) == (0, 7)
+    assert written["flops_8_bit"] == 0.0
+
+
+def test_flops_of_the_file_are_those_of_the_layers(exported):
+    model, path = exported
+    nodes = trace(model).layer_nodes()
+    for layer in kc.verify(model, path, samples=1).layers:
+        assert layer.flops == flops(nodes[layer.layer]) > 0
+
+
+def test_share_of_flops():
+    layers = [
+        LayerPrecision("a", "Convolution", "u8", 30),
+        LayerPrecision("b", "MatMul", "f32", 10),
+    ]
+    assert eight_bit_share(layers) == 0.75
+    assert eight_bit_share([]) == 0.0
 
 
 def test_the_report_is_printed_as_tables(exported):

@@ -8,6 +8,7 @@ difference would be the processor's, not the export's.
 import dataclasses
 import json
 import math
+import pathlib
 
 import keras
 import numpy as np
@@ -18,13 +19,12 @@ from rich.table import Table
 from keras_compress.data import input_batches
 from keras_compress.export.files import replacing
 from keras_compress.export.openvino import read_saved_model
+from keras_compress.export.precisions import eight_bit_share, layer_precisions
 from keras_compress.export.saved_model import signature_names
 from keras_compress.graph.trace import trace
 from keras_compress.layers import FakeQuantize
 from keras_compress.rendering import Rendered
 
-WEIGHTED = ("Convolution", "Deconvolution", "FullyConnected", "MatMul", "Gather", "RNNSeq")
-EIGHT_BITS = ("i8", "u8")
 UNKNOWN_SIZE = 32  # stands in for an axis of unknown length, other than the batch
 
 
@@ -43,20 +43,6 @@ class OutputAgreement:
     largest: float
     relative: float
     top1: float | None
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerPrecision:
-    """One weighted operation as the runtime executes it."""
-
-    layer: str
-    type: str
-    precision: str
-
-    @property
-    def eight_bit(self):
-        """Whether it runs in 8 bits."""
-        return self.precision in EIGHT_BITS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,12 +73,18 @@ class VerifyReport(Rendered):
         """Number of weighted operations that run in 8 bits."""
         return sum(layer.eight_bit for layer in self.layers)
 
+    @property
+    def eight_bit_share(self):
+        """Share of the FLOPs of weighted operations that runs in 8 bits, in [0, 1]."""
+        return eight_bit_share(self.layers)
+
     def to_dict(self):
         """Return the report as JSON-able data; a difference that is no number becomes None."""
         data = dataclasses.asdict(self) | {
             "relative": self.relative,
             "layers_8_bit": self.eight_bit_layers,
             "layers_total": len(self.layers),
+            "flops_8_bit": self.eight_bit_share,
         }
         return keras.tree.map_structure(_finite_or_none, data)
 
@@ -110,7 +102,7 @@ class VerifyReport(Rendered):
             f"{self.path} against the trained model, {self.samples} samples",
             outputs,
             f"{self.eight_bit_layers} of {len(self.layers)} weighted operations run in 8 bits "
-            f"on {self.device}",
+            f"({self.eight_bit_share:.1%} of their FLOPs) on {self.device}",
             layers,
         )
 
@@ -133,8 +125,6 @@ def verify(model, path, data=None, samples=32, seed=0):
         FileNotFoundError: nothing at `path`.
         ValueError: `data` does not fit the model.
     """
-    import pathlib
-
     import openvino as ov
 
     path = pathlib.Path(path)
@@ -216,28 +206,6 @@ def random_inputs(graph, samples, seed=0):
             array = random.standard_normal(shape)
         arrays.append(array.astype("float32" if edge.dtype == "bfloat16" else edge.dtype))
     return arrays
-
-
-def layer_precisions(compiled, layer_names):
-    """Return a `LayerPrecision` per weighted operation of a compiled model, in execution order.
-
-    Args:
-        compiled: `openvino.CompiledModel`.
-        layer_names: names of the Keras layers, to recognize operations by.
-    """
-    layers = set(layer_names)
-    found = []
-    for op in compiled.get_runtime_model().get_ordered_ops():
-        info = op.get_rt_info()
-        kind, precision, originals = (
-            str(info[key].value) if key in info else ""
-            for key in ("layerType", "runtimePrecision", "originalLayersNames")
-        )
-        if kind in WEIGHTED:
-            names = originals.split(",") if originals else [op.get_friendly_name()]
-            owners = [name.split("/")[0] for name in names if name.split("/")[0] in layers]
-            found.append(LayerPrecision((owners or names)[0], kind, precision))
-    return tuple(found)
 
 
 def _finite_or_none(value):
