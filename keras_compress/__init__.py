@@ -5,6 +5,7 @@ from keras_compress.algorithms import Algorithm, Quantization
 from keras_compress.compress import CompressedModel, compress_model, plan, strip
 from keras_compress.config import Config
 from keras_compress.export import VerifyReport, export, verify
+from keras_compress.layers import register_layer
 from keras_compress.options import ConfigError, KeyStatus
 from keras_compress.plan import Plan
 from keras_compress.report import Report, report
@@ -27,6 +28,7 @@ __all__ = [
     "layers",
     "plan",
     "quantizers",
+    "register_layer",
     "report",
     "strip",
     "verify",

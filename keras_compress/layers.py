@@ -5,71 +5,24 @@ layer reads its weights by attribute inside `call`, so one property per weight i
 
     layer.kernel == transform_n(... transform_1(raw kernel))
 
-The raw (latent) weight is what the optimizer trains and what is saved. `LAYERS` has one row per
-supported Keras class; a new layer type is one row and its short class.
+The raw (latent) weight is what the optimizer trains and what is saved. `layer_specs.LAYERS` has
+one row per supported Keras class; a new layer type is one row and its short class.
 """
 
 import contextlib
-import dataclasses
 import inspect
-import types
 
 import keras
 import numpy as np
 from keras.src.backend.common.stateless_scope import get_stateless_scope, in_stateless_scope
 
+from keras_compress.layer_specs import LAYERS, add_row
 from keras_compress.quantizers import Quantizer, SymmetricQuantizer
 from keras_compress.ranges import Observer
 from keras_compress.transforms import Transform
 
 PACKAGE = "keras_compress"
 
-
-@dataclasses.dataclass(frozen=True)
-class LayerSpec:
-    """What compression needs to know about a Keras layer class.
-
-    Attributes:
-        weights: {weight attribute: output-channel axes, counted from the end}, or a function of
-            the layer that returns the axes where they depend on its configuration.
-        float_input: whether the input is a float tensor worth quantizing (not token indices).
-    """
-
-    weights: types.MappingProxyType
-    float_input: bool = True
-
-    def channel_axes(self, layer, weight):
-        """Return the output-channel axes of `weight` as a tuple of negative ints."""
-        axes = self.weights[weight]
-        return axes(layer) if callable(axes) else axes
-
-
-def _row(float_input=True, **weights):
-    return LayerSpec(types.MappingProxyType(weights), float_input)
-
-
-def _einsum_output_axes(layer):
-    """Return the kernel axes of an `EinsumDense` that are not summed over."""
-    operands, _, output = layer.equation.replace(" ", "").partition("->")
-    kernel = operands.split(",")[1].replace("...", "")
-    return tuple(i - len(kernel) for i, label in enumerate(kernel) if label in output)
-
-
-LAYERS = {
-    keras.layers.Conv1D: _row(kernel=(-1,)),
-    keras.layers.Conv2D: _row(kernel=(-1,)),
-    keras.layers.Conv3D: _row(kernel=(-1,)),
-    keras.layers.Conv1DTranspose: _row(kernel=(-2,)),
-    keras.layers.Conv2DTranspose: _row(kernel=(-2,)),
-    keras.layers.Conv3DTranspose: _row(kernel=(-2,)),
-    keras.layers.DepthwiseConv1D: _row(kernel=(-2, -1)),
-    keras.layers.DepthwiseConv2D: _row(kernel=(-2, -1)),
-    keras.layers.SeparableConv1D: _row(depthwise_kernel=(-2, -1), pointwise_kernel=(-1,)),
-    keras.layers.SeparableConv2D: _row(depthwise_kernel=(-2, -1), pointwise_kernel=(-1,)),
-    keras.layers.Dense: _row(kernel=(-1,)),
-    keras.layers.EinsumDense: _row(kernel=_einsum_output_axes),
-    keras.layers.Embedding: _row(embeddings=(-1,), float_input=False),
-}
 
 FAKE_QUANT_LAYERS = {}  # Keras layer class -> its FakeQuant class, filled by subclassing
 
@@ -220,6 +173,9 @@ class CompressedLayer:
 
     def build(self, input_shape=None):
         super().build(input_shape)
+        self._build_transforms()
+
+    def _build_transforms(self):
         for weight in self.weight_names:
             for transform in self.transforms_of(weight):
                 if not transform.built:
@@ -313,10 +269,14 @@ def _effective_weight_property(weight):
     raw = f"_{weight}"
 
     def read(self):
-        if not self.built and not hasattr(self, raw):
-            raise AttributeError(f"Layer '{self.name}' must be built before `{weight}` is read.")
+        try:
+            raw_weight = self.raw_weight(weight)
+        except AttributeError:
+            raise AttributeError(
+                f"Layer '{self.name}' must be built before `{weight}` is read."
+            ) from None
         if not self.transforms_of(weight):
-            return getattr(self, raw)
+            return raw_weight
         return keras.ops.cast(self._transformed(weight), self.compute_dtype)
 
     def write(self, value):
@@ -405,6 +365,92 @@ class FakeQuantEinsumDense(FakeQuant, keras.layers.EinsumDense):
 
 class FakeQuantEmbedding(FakeQuant, keras.layers.Embedding):
     """`keras.layers.Embedding` that looks up fake-quantized vectors."""
+
+
+class FakeQuantRecurrent(FakeQuant):
+    """Mixin of the recurrent layers: the weights are those of the layer's cell.
+
+    They pass through their transforms once per call, not once per time step.
+    """
+
+    def raw_weight(self, weight):
+        """Return the latent variable behind a weight of the cell."""
+        return LAYERS[self.keras_class].read(self, weight)
+
+    def build(self, sequences_shape, initial_state_shape=None):
+        super(FakeQuant, self).build(sequences_shape)
+
+    def call(self, sequences, initial_state=None, mask=None, training=False):
+        weights = {name: getattr(self, name) for name in self.weight_names}
+        with _reading(self.cell, weights):
+            return super().call(
+                sequences, initial_state=initial_state, mask=mask, training=training
+            )
+
+    def _build_transforms(self):
+        for weight in self.weight_names:
+            if self.transforms_of(weight):
+                self.raw_weight(weight)._autocast = False  # as `add_weight` does for other layers
+        super()._build_transforms()
+
+
+@contextlib.contextmanager
+def _reading(cell, weights):
+    """Let a cell read the given tensors in place of its variables."""
+    variables = {name: vars(cell)[name] for name in weights}
+    vars(cell).update(weights)
+    try:
+        yield
+    finally:
+        vars(cell).update(variables)
+
+
+class FakeQuantSimpleRNN(FakeQuantRecurrent, keras.layers.SimpleRNN):
+    """`keras.layers.SimpleRNN` with fake-quantized kernel and recurrent kernel."""
+
+
+class FakeQuantGRU(FakeQuantRecurrent, keras.layers.GRU):
+    """`keras.layers.GRU` with fake-quantized kernel and recurrent kernel."""
+
+
+class FakeQuantLSTM(FakeQuantRecurrent, keras.layers.LSTM):
+    """`keras.layers.LSTM` with fake-quantized kernel and recurrent kernel."""
+
+
+def register_layer(cls, weights, integer=True):
+    """Opt a layer class of your own in: its weights are then compressed like those of Keras' own.
+
+    The class must read each weight by attribute in `call`, and be made again by its `get_config`.
+    Call this before `compress_model`, and before a saved compressed model is loaded.
+
+    Args:
+        cls: subclass of `keras.layers.Layer`.
+        weights: dict {attribute name of a weight: tuple of its output-channel axes, counted from
+            the end}, such as `{"kernel": (-1,)}`; a function of the layer may give the axes.
+        integer: whether the layer is a matrix product or a convolution of its (single) input and
+            its weight, which an integer runtime computes in integers. False: the weights are
+            rounded, the input is not.
+
+    Returns:
+        The compressed class, `FakeQuant<name of cls>`.
+
+    Raises:
+        TypeError: `cls` is no Keras layer class.
+        ValueError: it is registered already, or `weights` is not as described.
+
+    Example:
+
+    >>> class Scale(keras.layers.Layer):
+    ...     def build(self, input_shape):
+    ...         self.factor = self.add_weight(shape=input_shape[-1:], name="factor")
+    ...     def call(self, inputs):
+    ...         return inputs * self.factor
+    >>> register_layer(Scale, {"factor": (-1,)}, integer=False).__name__
+    'FakeQuantScale'
+    """
+    add_row(cls, weights, integer)
+    document = f"`{cls.__name__}` with fake-quantized weights."
+    return type(f"FakeQuant{cls.__name__}", (FakeQuant, cls), {"__doc__": document})
 
 
 def exclude_from_weight_decay(optimizer, variables):

@@ -231,7 +231,7 @@ def _found_integers(op):
     spec = layer_spec(op)
     rows = []
     for name in spec.weights if spec is not None else ():
-        values = keras.ops.convert_to_numpy(keras.ops.convert_to_tensor(getattr(op, name)))
+        values = keras.ops.convert_to_numpy(keras.ops.convert_to_tensor(spec.read(op, name)))
         found = integer_weight(values, spec.channel_axes(op, name))
         if found is not None:
             rows.append((int(found.storage[1:]), values.size, _found_bytes(values.size, found)))

@@ -17,6 +17,8 @@ OPAQUE = {  # model -> layer that stays whole, and a word of the reason
     "training_branch": ("branch", "training"),
     "data_dependent": ("dependent", "cannot be traced"),
     "training_constant": ("constant", "training"),
+    "bidirectional_states": ("stateful", "states"),
+    "time_distributed_of_unknown_length": ("wide", "unknown length"),
 }
 
 
@@ -369,6 +371,55 @@ def keras_ops():
     x = ops.mean(ops.reshape(x, (-1, 36, 8)), axis=1)
     x = ops.transpose(ops.expand_dims(x, 1), (0, 2, 1))[:, :, 0]
     return keras.Model(inputs, layers.Dense(2, name="head")(x), name="operations")
+
+
+@collected
+def over_time():
+    frames = keras.Input((4, 8, 8, 3), name="frames")
+    encoder = keras.Sequential(
+        [
+            keras.Input((8, 8, 3)),
+            layers.Conv2D(4, 3, name="conv"),
+            layers.BatchNormalization(name="norm"),
+            layers.ReLU(name="relu"),
+            layers.GlobalAveragePooling2D(name="pool"),
+        ],
+        name="encoder",
+    )
+    x = layers.TimeDistributed(encoder, name="per_frame")(frames)
+    x = layers.TimeDistributed(layers.Dense(5, activation="relu", name="dense"), name="wide")(x)
+    x = layers.Bidirectional(layers.LSTM(3, return_sequences=True), name="both")(x)
+    x = layers.GRU(4, return_sequences=True, go_backwards=True, name="gru")(x)
+    x = layers.SimpleRNN(4, name="simple")(x)
+    return keras.Model(frames, layers.Dense(2, name="head")(x), name="video")
+
+
+@collected
+def both_directions():
+    inputs = keras.Input((5, 6), name="rows")
+    outputs = []
+    for mode in ("concat", "sum", "ave", "mul", None):
+        name = str(mode)
+        gru = layers.GRU(3, return_sequences=mode in ("sum", None), name=f"{name}_gru")
+        outputs += keras.tree.flatten(layers.Bidirectional(gru, merge_mode=mode, name=name)(inputs))
+    return keras.Model(inputs, outputs, name="both_directions")
+
+
+@collected
+def bidirectional_states():
+    inputs = keras.Input((5, 6), name="rows")
+    x = layers.Dense(4, name="before")(inputs)
+    x = layers.Bidirectional(layers.LSTM(3, return_state=True), name="stateful")(x)
+    x = layers.Concatenate(name="states")(x)
+    return keras.Model(inputs, layers.Dense(2, name="after")(x), name="bidirectional_states")
+
+
+@collected
+def time_distributed_of_unknown_length():
+    frames = keras.Input((None, 8), name="frames")
+    x = layers.Dense(6, name="before")(frames)
+    x = layers.TimeDistributed(layers.Dense(5), name="wide")(x)
+    return keras.Model(frames, layers.LSTM(3, name="after")(x), name="unknown_length")
 
 
 @collected

@@ -25,7 +25,7 @@ PRIVATE_NAMES = r"""
 # Lower may not import higher. A package counts with everything inside it.
 LEVELS = [
     {"schedules", "importance", "options", "scopes", "ranges", "rendering"},
-    {"transforms", "fake_quantize", "quantizers", "masks", "accuracy_aware"},
+    {"transforms", "fake_quantize", "quantizers", "masks", "layer_specs", "accuracy_aware"},
     {"layers"},
     {"graph", "plan"},
     {"algorithms"},

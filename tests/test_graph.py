@@ -32,7 +32,10 @@ def assert_same(actual, expected, tolerance=1e-6):
 def top_level_names(model):
     inner = [layer for layer in model.layers if not isinstance(layer, layers.InputLayer)]
     composite = (keras.Model, layers.MultiHeadAttention, layers.SeparableConv1D)
-    composite += (layers.SeparableConv2D, models.ConvBlock)
+    composite += (layers.SeparableConv2D, models.ConvBlock, layers.Bidirectional)
+    # Kept whole where the number of steps is not known.
+    if model.name != "unknown_length":
+        composite += (layers.TimeDistributed,)
     return [layer.name for layer in inner if not isinstance(layer, composite)]
 
 
@@ -225,7 +228,8 @@ def test_edges_know_producer_and_consumers():
         (layers.UpSampling2D(), Role.MOVEMENT),
         (layers.UpSampling2D(interpolation="bilinear"), Role.FLOAT),
         (FakeQuantize(), Role.FAKE_QUANTIZE),
-        (layers.LSTM(2), Role.FLOAT),
+        (layers.LSTM(2), Role.WEIGHTED),
+        (layers.ConvLSTM1D(2, 3), Role.FLOAT),
     ],
     ids=lambda value: getattr(value, "name", None),
 )

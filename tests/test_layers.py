@@ -6,6 +6,7 @@ import pytest
 from backend_helpers import BACKEND, numpy
 from keras import layers, ops
 
+import keras_compress as kc
 from keras_compress.layers import (
     FAKE_QUANT_LAYERS,
     LAYERS,
@@ -36,6 +37,9 @@ CASES = {
         (2, 4, 5),
     ),
     layers.Embedding: ({"input_dim": 7, "output_dim": 4}, (2, 5)),
+    layers.SimpleRNN: ({"units": 3, "return_sequences": True}, (2, 4, 5)),
+    layers.GRU: ({"units": 3, "go_backwards": True}, (2, 4, 5)),
+    layers.LSTM: ({"units": 3, "return_sequences": True}, (2, 4, 5)),
 }
 SCALE_SHAPES = {
     layers.Conv1D: (1, 1, 4),
@@ -51,6 +55,15 @@ SCALE_SHAPES = {
     layers.Dense: (1, 4),
     layers.EinsumDense: (1, 2, 3),
     layers.Embedding: (1, 4),
+    layers.SimpleRNN: (1, 3),
+    layers.GRU: (1, 9),
+    layers.LSTM: (1, 12),
+}
+CONFIG = {
+    "compression": {
+        "algorithm": "quantization",
+        "initializer": {"batchnorm_adaptation": {"num_bn_adaptation_samples": 0}},
+    }
 }
 every_layer = pytest.mark.parametrize("cls", LAYERS, ids=lambda cls: cls.__name__)
 
@@ -58,7 +71,7 @@ every_layer = pytest.mark.parametrize("cls", LAYERS, ids=lambda cls: cls.__name_
 def data(cls, seed=0):
     random = np.random.default_rng(seed)
     shape = CASES[cls][1]
-    if not LAYERS[cls].float_input:
+    if cls is layers.Embedding:
         return random.integers(0, 7, shape).astype("int32")
     return random.normal(size=shape).astype("float32")
 
@@ -92,7 +105,7 @@ def test_output_equals_the_plain_layer_with_the_effective_weight(cls):
     for weight in layer.weight_names:
         effective, raw = layer.effective_weight(weight), numpy(layer.raw_weight(weight))
         assert 0 < abs(effective - raw).max() < 0.1
-        np.testing.assert_array_equal(numpy(getattr(plain, weight)), effective)
+        np.testing.assert_array_equal(numpy(LAYERS[cls].read(plain, weight)), effective)
     np.testing.assert_array_equal(numpy(layer(data(cls))), numpy(plain(data(cls))))
 
 
@@ -233,7 +246,82 @@ def test_the_weight_of_an_unbuilt_layer():
 def test_compressed_class_of_a_layer_without_a_row():
     assert compressed_class(layers.Dense(2)) is FakeQuantDense
     with pytest.raises(KeyError):
-        compressed_class(layers.LSTM(2))
+        compressed_class(layers.ConvLSTM1D(2, 3))
+
+
+class Doubled(layers.Layer):
+    """A matrix product of the user's own."""
+
+    def __init__(self, units, **kwargs):
+        super().__init__(**kwargs)
+        self.units = units
+
+    def build(self, input_shape):
+        self.matrix = self.add_weight(shape=(input_shape[-1], self.units), name="matrix")
+
+    def call(self, inputs):
+        return ops.matmul(inputs, self.matrix) * 2.0
+
+    def get_config(self):
+        return super().get_config() | {"units": self.units}
+
+
+@pytest.fixture
+def doubled():
+    keras.saving.register_keras_serializable("keras_compress_tests")(Doubled)
+    yield kc.register_layer(Doubled, {"matrix": (-1,)})
+    del LAYERS[Doubled], FAKE_QUANT_LAYERS[Doubled]
+
+
+def test_a_registered_layer_is_compressed_saved_and_stripped(doubled, tmp_path):
+    inputs = keras.Input((6,))
+    model = keras.Model(inputs, Doubled(3, name="own")(layers.Dense(5, name="dense")(inputs)))
+    x = np.random.default_rng(0).normal(size=(8, 6)).astype("float32")
+    compressed = kc.compress_model(model, CONFIG, data=x, verbose=False)
+    layer = compressed.get_layer("own")
+    assert type(layer) is doubled and doubled.__name__ == "FakeQuantDoubled"
+    assert tuple(layer.transforms_of("matrix")[0].scale.shape) == (1, 3)
+    assert compressed.plan["edges"][-1]["readers"] == ["own"]
+    compressed.save(tmp_path / "model.keras")
+    expected = numpy(compressed(x))
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(numpy(loaded(x)), expected)
+    stripped = kc.strip(loaded)
+    assert type(stripped.get_layer("own")) is Doubled
+    np.testing.assert_array_equal(numpy(stripped(x)), expected)
+    report = kc.export(loaded, tmp_path / "model.xml", data=x)
+    assert report.eight_bit_layers == 2 and report.relative < 1e-5
+
+
+def test_register_layer_checks_its_arguments(doubled):
+    with pytest.raises(TypeError, match="subclass of `keras.layers.Layer`. Received: cls=3"):
+        kc.register_layer(3, {"kernel": (-1,)})
+    with pytest.raises(ValueError, match="Doubled is registered already"):
+        kc.register_layer(Doubled, {"matrix": (-1,)})
+    for weights in ({}, {"kernel": -1}, {"kernel": (0,)}, ["kernel"]):
+        with pytest.raises(ValueError, match="Expected a dict {attribute name of a weight"):
+            kc.register_layer(layers.ConvLSTM1D, weights)
+    assert layers.ConvLSTM1D not in LAYERS
+
+
+@pytest.mark.parametrize("cls", [layers.SimpleRNN, layers.GRU, layers.LSTM])
+@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
+def test_recurrent_layers_take_states_masks_and_policies(cls, dtype):
+    layer = FAKE_QUANT_LAYERS[cls](3, dtype=dtype, return_state=True, recurrent_dropout=0.5)
+    random = np.random.default_rng(0)
+    x = random.normal(size=(2, 4, 5)).astype("float32")
+    states = [random.normal(size=(2, 3)).astype("float32")] * (2 if cls is layers.LSTM else 1)
+    mask = np.array([[True, True, False, True], [True, False, False, False]])
+    outputs = layer(x, initial_state=states, mask=mask)
+    plain = cls(3, dtype=dtype, return_state=True, recurrent_dropout=0.5)
+    plain.build((2, 4, 5))
+    plain.set_weights(layer.plain_values())
+    for output, expected in zip(outputs, plain(x, initial_state=states, mask=mask), strict=True):
+        np.testing.assert_array_equal(
+            numpy(ops.cast(output, "float32")), numpy(ops.cast(expected, "float32"))
+        )
+    assert abs(layer.effective_weight("kernel") - numpy(layer.raw_weight("kernel"))).max() < 0.01
+    assert isinstance(layer.raw_weight("recurrent_kernel"), keras.Variable)
 
 
 def test_a_frozen_layer_trains_neither_weights_nor_ranges():

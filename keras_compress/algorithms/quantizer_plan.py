@@ -7,7 +7,8 @@ import keras
 from keras_compress.graph.flops import flops, total_flops
 from keras_compress.graph.placement import QuantizedEdge, folded_into, quantized_edges
 from keras_compress.graph.walk import SEPARATOR, Role
-from keras_compress.layers import LAYERS, layer_spec
+from keras_compress.layer_specs import LAYERS
+from keras_compress.layers import layer_spec
 from keras_compress.plan import EdgeEntry, Plan, Untouched, WeightEntry
 from keras_compress.quantizers import AsymmetricQuantizer, SymmetricQuantizer
 
@@ -66,8 +67,10 @@ def _common_arguments(options, config):
 
 def _weight_entry(options, config, node, weight, is_first, common):
     spec = options.weight_spec(node.name)
-    half_range = spec.mode == "symmetric" and options.overflow_fix_applies(
-        config.target_device, spec.bits, is_first
+    half_range = (
+        spec.mode == "symmetric"
+        and layer_spec(node.op).integer
+        and options.overflow_fix_applies(config.target_device, spec.bits, is_first)
     )
     axis = layer_spec(node.op).channel_axes(node.op, weight) if spec.per_channel else None
     narrow = {"half_range": True} if half_range else {"narrow_range": True}
@@ -212,8 +215,10 @@ def _why_float(options, node, readers):
         return "excluded by the scopes of the configuration"
     if role is Role.WEIGHTED and not options.weights.selects(node.name):
         return "excluded by the scopes of `weights`"
-    if role is not Role.WEIGHTED or not layer_spec(node.op).float_input:
+    if role is not Role.WEIGHTED:
         return ""
+    if not layer_spec(node.op).integer:
+        return layer_spec(node.op).reason
     rounded = any(
         (node, edge) in readers or _is_rounded_before(edge, readers) for edge in node.inputs
     )

@@ -116,6 +116,8 @@ def weighted_operations(ov_model):
             candidates = list(_matrix_operands(op))
         elif kind == "Gather":
             candidates = [(0, (-1,))]
+        elif kind == "Loop":  # of a recurrent layer: matrix products with what enters the loop
+            candidates = [(port, (-1,)) for port in range(op.get_input_size())]
         else:
             continue
         for port, kept in candidates:
@@ -223,7 +225,7 @@ def name_layers(ov_model, model):
     for layer in model.layers:
         spec = layer_spec(layer)
         for weight in spec.weights if spec else ():
-            digest = _digest(np.asarray(getattr(layer, weight)))
+            digest = _digest(np.asarray(spec.read(layer, weight)))
             layers.setdefault(digest, (layer.name, weight))
     taken = {op.get_friendly_name() for op in ov_model.get_ops()}
     for op, port, _ in weighted_operations(ov_model):
@@ -231,7 +233,8 @@ def name_layers(ov_model, model):
         layer, weight = layers.get(_digest(constant.data), (None, None))
         if layer is not None:
             constant.set_friendly_name(f"{layer}/{weight}")
-            _name_chain(op, layer, taken)
+            if op.get_type_name() != "Loop":
+                _name_chain(op, layer, taken)
 
 
 def _digest(array):

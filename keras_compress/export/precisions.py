@@ -5,6 +5,7 @@ import math
 
 WEIGHTED = ("Convolution", "Deconvolution", "FullyConnected", "MatMul", "Gather", "RNNSeq")
 EIGHT_BITS = ("i8", "u8")
+INDICES = ("i32", "i64")  # shapes and positions are looked up by `Gather` too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,7 @@ def layer_precisions(compiled, layer_names=()):
             str(info[key].value) if key in info else ""
             for key in ("layerType", "runtimePrecision", "originalLayersNames")
         )
-        if kind in WEIGHTED:
+        if kind in WEIGHTED and precision not in INDICES:
             names = originals.split(",") if originals else [op.get_friendly_name()]
             owners = [name.split("/")[0] for name in names if name.split("/")[0] in layers]
             flops = operation_flops(op, kind)

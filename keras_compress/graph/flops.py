@@ -14,7 +14,8 @@ def flops(node):
     """Return the FLOPs of one node for one sample: two per multiply-accumulate.
 
     Formula: convolution `2 * prod(kernel) * in/groups * out * prod(output positions)`; dense
-    `2 * in * out * prod(leading positions)`; element-wise and normalization one per output value.
+    `2 * in * out * prod(leading positions)`; recurrent `2 * (in + units) * gates * units * steps`;
+    element-wise and normalization one per output value.
     Unknown sizes (`None`) count as 1.
     """
     if node.role in (Role.MOVEMENT, Role.FAKE_QUANTIZE):
@@ -40,15 +41,19 @@ def _weighted_flops(node):
     # A transposed convolution uses every weight once per *input* position, the others per output.
     transposed = type(layer).__name__.endswith("Transpose")
     positions_of = node.inputs[0] if transposed else node.output
-    kernels = [getattr(layer, name).shape for name in layer_spec(layer).weights]
+    spec = layer_spec(layer)
+    kernels = [spec.read(layer, name).shape for name in spec.weights]
     if isinstance(layer, keras.layers.EinsumDense):
         inputs, labels = layer.equation.replace(" ", "").partition("->")[0].split(",")
         shared = math.prod(
             d for d, label in zip(kernels[0], labels, strict=True) if label in inputs
         )
         return 2 * math.prod(kernels[0]) * (_size(node.inputs[0].shape) // max(shared, 1))
-    if isinstance(layer, keras.layers.Dense):
-        return 2 * math.prod(kernels[0]) * _size(node.output.shape[:-1])
+    if isinstance(layer, keras.layers.RNN):
+        return sum(2 * math.prod(kernel) * (node.inputs[0].shape[1] or 1) for kernel in kernels)
+    if not hasattr(layer, "data_format"):
+        positions = _size(node.output.shape[:-1])
+        return sum(2 * math.prod(kernel) * positions for kernel in kernels)
     channels_first = layer.data_format == "channels_first"
     positions = positions_of.shape[2:] if channels_first else positions_of.shape[1:-1]
     return sum(2 * math.prod(kernel) * _size((None, *positions)) for kernel in kernels)

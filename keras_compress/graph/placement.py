@@ -85,7 +85,7 @@ def _wants(graph, wanted):
 def _wants_integer(node, wanted):
     role = node.role
     if role is Role.WEIGHTED:
-        return layer_spec(node.op).float_input and wanted(node)
+        return layer_spec(node.op).integer and wanted(node)
     if role is Role.ARITHMETIC:
         return wanted(node) and not _has_constant_operand(node)
     if role is Role.NORMALIZATION:

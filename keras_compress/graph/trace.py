@@ -19,6 +19,7 @@ COMPOSITE_LAYERS = tuple(
     for name in ("MultiHeadAttention", "GroupQueryAttention")
     if hasattr(keras.layers, name)
 )
+MASKED = "reads an implicit mask, which tracing would lose"
 SEPARABLE_LAYERS = {
     keras.layers.SeparableConv1D: (keras.layers.DepthwiseConv1D, keras.layers.Conv1D),
     keras.layers.SeparableConv2D: (keras.layers.DepthwiseConv2D, keras.layers.Conv2D),
@@ -163,15 +164,17 @@ class _Tracer:
         own = _own_graph(op)
         if own is not None:
             return own, ""
+        if isinstance(op, tuple(WRAPPERS)):
+            return (None, MASKED) if self.masked else _unwrapped(op, args, kwargs)
         if self.masked and "mask" in "".join(inspect.signature(op.call).parameters):
-            return None, "reads an implicit mask, which tracing would lose"
+            return None, MASKED
         if op._trainable_variables or op._non_trainable_variables or op._seed_generators:
             return None, "has weights or random state of its own beside its inner layers"
         return _call_symbolically(op, args, kwargs)
 
 
 def _is_composite(op):
-    if isinstance(op, (keras.Model, *COMPOSITE_LAYERS)):
+    if isinstance(op, (keras.Model, *WRAPPERS, *COMPOSITE_LAYERS)):
         return True
     if not isinstance(op, keras.layers.Layer) or layer_spec(op) is not None:
         return False
@@ -295,6 +298,45 @@ def _nodes_restored(model):
         for layer, inbound, outbound in counts:
             del layer._inbound_nodes[inbound:]
             del layer._outbound_nodes[outbound:]
+
+
+def _unwrapped(op, args, kwargs):
+    """Return (`keras.Function` of what a wrapper does with its inner layers or None, reason)."""
+    given = [leaf for leaf in keras.tree.flatten([args, kwargs]) if isinstance(leaf, Edge)]
+    if len(given) != 1:
+        return None, "takes more than one tensor: initial states or a mask"
+    inputs = keras.Input(batch_shape=given[0].shape, dtype=given[0].dtype)
+    wrapper = next(cls for cls in WRAPPERS if isinstance(op, cls))
+    outputs, reason = WRAPPERS[wrapper](op, inputs)
+    return (None, reason) if reason else (keras.Function(inputs, outputs), "")
+
+
+def _over_time(op, inputs):
+    """Give the time steps of a `TimeDistributed` to its inner layer as samples."""
+    if None in inputs.shape[1:]:
+        return None, f"its input has axes of unknown length: {inputs.shape}"
+    steps = op.layer(keras.ops.reshape(inputs, (-1, *inputs.shape[2:])))
+    return keras.ops.reshape(steps, (-1, inputs.shape[1], *steps.shape[1:])), ""
+
+
+def _both_ways(op, inputs):
+    """Call the two layers of a `Bidirectional` and merge as it does."""
+    if op.return_state:
+        return None, "returns its states"
+    forward, backward = op.forward_layer(inputs), op.backward_layer(inputs)
+    if op.return_sequences:
+        backward = keras.ops.flip(backward, axis=1)
+    merge = {
+        "concat": lambda: keras.ops.concatenate([forward, backward], axis=-1),
+        "sum": lambda: forward + backward,
+        "ave": lambda: (forward + backward) / 2,
+        "mul": lambda: forward * backward,
+        None: lambda: (forward, backward),
+    }
+    return merge[op.merge_mode](), ""
+
+
+WRAPPERS = {keras.layers.TimeDistributed: _over_time, keras.layers.Bidirectional: _both_ways}
 
 
 def _split_separable(layer, name):

@@ -1,0 +1,100 @@
+"""The table of layers whose weights can be compressed: one row per Keras class.
+
+A row says which attributes hold weights and which of their axes are output channels.
+"""
+
+import dataclasses
+import types
+
+import keras
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSpec:
+    """What compression needs to know about a Keras layer class.
+
+    Attributes:
+        weights: {weight attribute: output-channel axes, counted from the end}, or a function of
+            the layer that returns the axes where they depend on its configuration.
+        integer: whether it computes in integers when weights and inputs are quantized.
+        reason: why it does not, where the plan is to say so.
+        holder: attribute of the layer that holds the weights, "" for the layer itself.
+    """
+
+    weights: types.MappingProxyType
+    integer: bool = True
+    reason: str = ""
+    holder: str = ""
+
+    def channel_axes(self, layer, weight):
+        """Return the output-channel axes of `weight` as a tuple of negative ints."""
+        axes = self.weights[weight]
+        return axes(layer) if callable(axes) else axes
+
+    def read(self, layer, weight):
+        """Return a weight as the layer computes with it."""
+        return getattr(getattr(layer, self.holder) if self.holder else layer, weight)
+
+
+LOOP = "its weights are stored as integers; OpenVINO computes the loop over time steps in float"
+
+
+def _row(**weights):
+    return LayerSpec(types.MappingProxyType(weights))
+
+
+def _recurrent_row():
+    weights = {"kernel": (-1,), "recurrent_kernel": (-1,)}
+    return LayerSpec(types.MappingProxyType(weights), integer=False, reason=LOOP, holder="cell")
+
+
+def _einsum_output_axes(layer):
+    """Return the kernel axes of an `EinsumDense` that are not summed over."""
+    operands, _, output = layer.equation.replace(" ", "").partition("->")
+    kernel = operands.split(",")[1].replace("...", "")
+    return tuple(i - len(kernel) for i, label in enumerate(kernel) if label in output)
+
+
+LAYERS = {
+    keras.layers.Conv1D: _row(kernel=(-1,)),
+    keras.layers.Conv2D: _row(kernel=(-1,)),
+    keras.layers.Conv3D: _row(kernel=(-1,)),
+    keras.layers.Conv1DTranspose: _row(kernel=(-2,)),
+    keras.layers.Conv2DTranspose: _row(kernel=(-2,)),
+    keras.layers.Conv3DTranspose: _row(kernel=(-2,)),
+    keras.layers.DepthwiseConv1D: _row(kernel=(-2, -1)),
+    keras.layers.DepthwiseConv2D: _row(kernel=(-2, -1)),
+    keras.layers.SeparableConv1D: _row(depthwise_kernel=(-2, -1), pointwise_kernel=(-1,)),
+    keras.layers.SeparableConv2D: _row(depthwise_kernel=(-2, -1), pointwise_kernel=(-1,)),
+    keras.layers.Dense: _row(kernel=(-1,)),
+    keras.layers.EinsumDense: _row(kernel=_einsum_output_axes),
+    keras.layers.Embedding: LayerSpec(types.MappingProxyType({"embeddings": (-1,)}), integer=False),
+    keras.layers.SimpleRNN: _recurrent_row(),
+    keras.layers.GRU: _recurrent_row(),
+    keras.layers.LSTM: _recurrent_row(),
+}
+
+
+def add_row(cls, weights, integer=True):
+    """Add the row of a layer class of the user's; see `keras_compress.register_layer`.
+
+    Raises:
+        TypeError: `cls` is no Keras layer class.
+        ValueError: the class has a row already, or `weights` is not as described.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, keras.layers.Layer)):
+        raise TypeError(f"Expected a subclass of `keras.layers.Layer`. Received: cls={cls!r}")
+    if cls in LAYERS:
+        raise ValueError(f"Layer class {cls.__name__} is registered already.")
+    if not isinstance(weights, dict) or not weights or not all(map(_are_axes, weights.values())):
+        raise ValueError(
+            "Expected a dict {attribute name of a weight: its output-channel axes, counted from "
+            f"the end}}, such as {{'kernel': (-1,)}}. Received: weights={weights!r}"
+        )
+    LAYERS[cls] = LayerSpec(types.MappingProxyType(dict(weights)), integer)
+
+
+def _are_axes(axes):
+    if callable(axes):
+        return True
+    return isinstance(axes, tuple) and all(isinstance(i, int) and i < 0 for i in axes)
