@@ -5,7 +5,7 @@ import functools
 import keras
 
 from keras_compress.graph.flops import flops, total_flops
-from keras_compress.graph.placement import QuantizedEdge, folded_into, quantized_edges
+from keras_compress.graph.placement import PRODUCTS, QuantizedEdge, folded_into, quantized_edges
 from keras_compress.graph.walk import SEPARATOR, Role
 from keras_compress.layer_specs import LAYERS
 from keras_compress.layers import layer_spec
@@ -35,7 +35,11 @@ def quantization_plan(options, graph, config, with_data):
         for weight in layer_spec(node.op).weights
     )
     inputs = _input_edges(graph)
-    edges = tuple(_edge_entry(options, group, common, inputs) for group in groups)
+    seconds = _second_operands(graph)
+    edges = tuple(
+        _edge_entry(options, config, group, common, inputs, not seconds.isdisjoint(group.edges))
+        for group in groups
+    )
     options.check_scopes(
         [node.name for node in graph.nodes if node.role is Role.WEIGHTED],
         [edge.name for edge in graph.edges] + [node.name for node in graph.nodes],
@@ -87,7 +91,7 @@ def _weight_entry(options, config, node, weight, is_first, common):
     return WeightEntry(node.name, weight, (make,), text)
 
 
-def _edge_entry(options, group, common, inputs):
+def _edge_entry(options, config, group, common, inputs, is_second_operand):
     edge = group.edges[0]
     if inputs.issuperset(group.edges):
         # The range of data is known once it was seen; to learn it, the gradient of the first
@@ -95,13 +99,37 @@ def _edge_entry(options, group, common, inputs):
         common = common | {"learnable": False}
     spec = options.activation_spec(edge.name)
     axis = _depthwise_channels(group) if spec.per_channel else None
-    kind = AsymmetricQuantizer if spec.mode == "asymmetric" else SymmetricQuantizer
     arguments = {"bits": spec.bits, "axis": axis, "signed": spec.signed, **common}
-    if kind is SymmetricQuantizer:
+    half_range = is_second_operand and options.overflow_fix_applies(config.target_device, spec.bits)
+    mode = spec.mode
+    if half_range:
+        mode = "symmetric"
+        arguments |= {"half_range": True, "signed": True}
+    kind = AsymmetricQuantizer if mode == "asymmetric" else SymmetricQuantizer
+    if mode == "symmetric":
         arguments["limit"] = _limit(group)
-    text = f"{spec.bits} bits {spec.mode} {'per channel' if axis else 'per tensor'}"
+    text = f"{spec.bits} bits {mode} {'per channel' if axis else 'per tensor'}"
+    text += " (7-bit levels)" if half_range else ""
     name = edge.name + FAKE_QUANTIZE
     return EdgeEntry(name, group, functools.partial(kind, **arguments), text)
+
+
+def _second_operands(graph):
+    """Return the edges that become, moved or not, the second operand of a product of two tensors.
+
+    It takes the place of the weights in the kernels that may add two products in 16 bits.
+    """
+    found = set()
+    for node in graph.nodes:
+        if type(node.op).__name__ not in PRODUCTS or len(node.inputs) != 2:
+            continue
+        waiting = [node.inputs[1]]
+        while waiting:
+            edge = waiting.pop()
+            found.add(edge)
+            if edge.producer is not None and edge.producer.role is Role.MOVEMENT:
+                waiting.extend(edge.producer.inputs)
+    return found
 
 
 def _limit(group):

@@ -15,23 +15,19 @@ import json
 import numpy as np
 
 from keras_compress.export.integer_weights import integer_weight
+from keras_compress.export.plugin_repairs import (
+    ARITHMETIC,
+    CONVOLUTIONS,
+    give_biases,
+    keep_rounding,
+)
 from keras_compress.export.saved_model import write_saved_model
 from keras_compress.graph.walk import unique_name
 from keras_compress.layers import layer_spec
 
-# Operation -> axes of its weight that keep a step per index (output channels, groups).
-CONVOLUTIONS = {
-    "Convolution": (0,),
-    "GroupConvolution": (0, 1),
-    "ConvolutionBackpropData": (1,),
-    "GroupConvolutionBackpropData": (0, 2),
-}
 # Operations that belong to a layer when they follow its convolution or matrix product: layout
 # always, arithmetic with a constant (bias, batch norm).
 LAYOUT = ("Reshape", "Squeeze", "Transpose", "BatchToSpace")
-ARITHMETIC = ("Add", "Multiply", "Subtract")
-# Operations that the plugin runs as part of the convolution before them.
-ACTIVATIONS = ("Relu", "Clamp", "Minimum", "Maximum", "PRelu", "Swish", "HSwish", "Elu", "Sigmoid")
 
 
 def write_ir(model, path, input_names, output_names, metadata):
@@ -52,6 +48,7 @@ def write_ir(model, path, input_names, output_names, metadata):
     name_layers(ov_model, model)
     use_integer_weights(ov_model)
     keep_rounding(ov_model)
+    give_biases(ov_model)
     for key, value in metadata.items():
         text = value if isinstance(value, str) else json.dumps(value)
         ov_model.set_rt_info(text, ["keras_compress", key])
@@ -260,42 +257,3 @@ def _follower(op):
     if kind in LAYOUT or (kind in ARITHMETIC and any(constants)):
         return reader
     return None
-
-
-def keep_rounding(ov_model):
-    """Keep the rounding of activations that are added to others, in place; return how many.
-
-    Where a convolution's rounded output is added to another tensor and the sum is rounded again,
-    the CPU plugin runs all of it as one operation and leaves the first rounding out: the IR would
-    differ from the trained model by whole steps. A pooling of size one between the rounding and
-    the addition keeps them apart; it moves 8-bit values once.
-    """
-    from openvino import opset15
-
-    kept = 0
-    for op in ov_model.get_ordered_ops():
-        if op.get_type_name() != "FakeQuantize" or not _is_added(op) or not _is_convolved(op):
-            continue
-        ones, zeros = ([value] * (len(op.get_output_partial_shape(0)) - 2) for value in (1, 0))
-        readers = op.output(0).get_target_inputs()
-        pooled = opset15.max_pool(op, ones, ones, zeros, zeros, ones)
-        pooled.set_friendly_name(f"{op.get_friendly_name()}/rounded")
-        for reader in readers:
-            reader.replace_source_output(pooled.output(0))
-        kept += 1
-    return kept
-
-
-def _is_added(op):
-    readers = list(op.output(0).get_target_inputs())
-    return len(readers) == 1 and readers[0].get_node().get_type_name() in ("Add", "Subtract")
-
-
-def _is_convolved(op):
-    """Whether a tensor comes from a convolution through bias, batch norm or activation alone."""
-    while True:
-        op = op.input_value(0).get_node()
-        if op.get_type_name() in CONVOLUTIONS:
-            return True
-        if op.get_type_name() not in (*ARITHMETIC, *ACTIVATIONS):
-            return False

@@ -9,7 +9,7 @@ from keras_compress.compress import strip
 from keras_compress.graph.rebuild import rebuild
 from keras_compress.graph.trace import trace
 from keras_compress.graph.walk import unique_name
-from keras_compress.layers import FakeQuantize
+from keras_compress.layers import CompressedLayer, FakeQuantize
 
 CODES = 256  # levels of the integer type that inference engines compute with
 
@@ -57,6 +57,20 @@ def wide_range(low, high, step, levels):
     return -zero * step, (CODES - 1 - zero) * step
 
 
+class BatchedDense(CompressedLayer, keras.layers.Dense):
+    """A `Dense` layer as one matrix product, whatever the rank of its input.
+
+    Keras' own flattens the leading axes and restores them. Inference engines move quantization
+    steps through these operations, which OpenVINO's CPU plugin fails to do between two products.
+    """
+
+    def call(self, inputs, training=None):
+        import tensorflow as tf
+
+        outputs = tf.matmul(inputs, self.kernel)
+        return self.activation(outputs if self.bias is None else outputs + self.bias)
+
+
 def deployable(model):
     """Return a flat Functional model of plain Keras layers, lists of tensors in and out.
 
@@ -73,8 +87,10 @@ def deployable(model):
                 op.get_config() | {"name": node.name, "dtype": "float32"}
             )
         half = getattr(op, "compute_dtype", None) in ("float16", "bfloat16")
-        if half and not node.reason:
-            return type(op).from_config(op.get_config() | {"name": node.name, "dtype": "float32"})
+        dense = type(op) is keras.layers.Dense and len(node.inputs[0].shape) > 2
+        if dense or (half and not node.reason):
+            cls = BatchedDense if dense else type(op)
+            return cls.from_config(op.get_config() | {"name": node.name, "dtype": "float32"})
         return None
 
     flat = rebuild(trace(strip(model)), swap=fixed)

@@ -33,6 +33,7 @@ TRANSPARENT = (
     keras.layers.ActivityRegularization,
     keras.layers.Identity,
 )
+PRODUCTS = ("Matmul", "Einsum", "Dot")
 TWO_OPERANDS = ("Add", "Subtract", "Multiply", "Maximum", "Minimum", "Matmul")
 
 
@@ -87,7 +88,7 @@ def _wants_integer(node, wanted):
     if role is Role.WEIGHTED:
         return layer_spec(node.op).integer and wanted(node)
     if role is Role.ARITHMETIC:
-        return wanted(node) and not _has_constant_operand(node)
+        return wanted(node) and not _has_constant_operand(node) and not _makes_scores(node)
     if role is Role.NORMALIZATION:
         return wanted(node) and folded_into(node) is None
     if role is Role.ACTIVATION:
@@ -145,6 +146,29 @@ def _is_convolved(edge, wanted):
 def _has_constant_operand(node):
     """Whether a two-operand operation shifts or scales one tensor by a constant."""
     return type(node.op).__name__ in TWO_OPERANDS and len(node.inputs) < 2
+
+
+def _makes_scores(node):
+    """Whether an element-wise operation leads to a softmax alone, as the masking of scores does.
+
+    A large negative number marks what is masked: no grid holds it and the scores.
+    """
+    if type(node.op).__name__ in PRODUCTS:
+        return False
+    readers = node.output.consumers
+    return bool(readers) and all(_is_softmax(r.op) or _passes_scores(r) for r in readers)
+
+
+def _passes_scores(node):
+    elementwise = node.role in (Role.ARITHMETIC, Role.MOVEMENT)
+    return (elementwise or type(node.op).__name__ in ("Where", "Cast")) and _makes_scores(node)
+
+
+def _is_softmax(op):
+    is_activation = getattr(op, "activation", None) is keras.activations.softmax
+    return type(op).__name__ == "Softmax" or (
+        is_activation and isinstance(op, keras.layers.Activation)
+    )
 
 
 def _is_linear(op):

@@ -11,6 +11,7 @@ import re
 
 import keras
 
+from keras_compress.graph.decompose import WRAPPERS, attention, is_attention, unwrapped
 from keras_compress.graph.walk import SEPARATOR, Edge, Graph, Node, copy_operation, unique_name
 from keras_compress.layers import layer_spec
 
@@ -164,8 +165,10 @@ class _Tracer:
         own = _own_graph(op)
         if own is not None:
             return own, ""
+        if is_attention(op):
+            return _attention(args, kwargs), ""
         if isinstance(op, tuple(WRAPPERS)):
-            return (None, MASKED) if self.masked else _unwrapped(op, args, kwargs)
+            return _unwrapped(op, args, kwargs)
         if self.masked and "mask" in "".join(inspect.signature(op.call).parameters):
             return None, MASKED
         if op._trainable_variables or op._non_trainable_variables or op._seed_generators:
@@ -174,7 +177,7 @@ class _Tracer:
 
 
 def _is_composite(op):
-    if isinstance(op, (keras.Model, *WRAPPERS, *COMPOSITE_LAYERS)):
+    if isinstance(op, (keras.Model, *WRAPPERS, *COMPOSITE_LAYERS)) or is_attention(op):
         return True
     if not isinstance(op, keras.layers.Layer) or layer_spec(op) is not None:
         return False
@@ -302,41 +305,28 @@ def _nodes_restored(model):
 
 def _unwrapped(op, args, kwargs):
     """Return (`keras.Function` of what a wrapper does with its inner layers or None, reason)."""
-    given = [leaf for leaf in keras.tree.flatten([args, kwargs]) if isinstance(leaf, Edge)]
-    if len(given) != 1:
-        return None, "takes more than one tensor: initial states or a mask"
-    inputs = keras.Input(batch_shape=given[0].shape, dtype=given[0].dtype)
-    wrapper = next(cls for cls in WRAPPERS if isinstance(op, cls))
-    outputs, reason = WRAPPERS[wrapper](op, inputs)
+    leaves = keras.tree.flatten([args, kwargs])
+    given = [leaf for leaf in leaves if isinstance(leaf, Edge)]
+    inputs = [keras.Input(batch_shape=edge.shape, dtype=edge.dtype) for edge in given]
+    has_mask = isinstance(kwargs.get("mask"), Edge)
+    if len(given) != 1 + has_mask:
+        return None, "is given initial states"
+    outputs, reason = unwrapped(op, inputs[0], inputs[1] if has_mask else None)
     return (None, reason) if reason else (keras.Function(inputs, outputs), "")
 
 
-def _over_time(op, inputs):
-    """Give the time steps of a `TimeDistributed` to its inner layer as samples."""
-    if None in inputs.shape[1:]:
-        return None, f"its input has axes of unknown length: {inputs.shape}"
-    steps = op.layer(keras.ops.reshape(inputs, (-1, *inputs.shape[2:])))
-    return keras.ops.reshape(steps, (-1, inputs.shape[1], *steps.shape[1:])), ""
+def _attention(args, kwargs):
+    """Return the `keras.Function` of an attention's two products."""
+    tensors = []
 
+    def fresh(leaf):
+        if not isinstance(leaf, Edge):
+            return leaf
+        tensors.append(keras.Input(batch_shape=leaf.shape, dtype=leaf.dtype))
+        return tensors[-1]
 
-def _both_ways(op, inputs):
-    """Call the two layers of a `Bidirectional` and merge as it does."""
-    if op.return_state:
-        return None, "returns its states"
-    forward, backward = op.forward_layer(inputs), op.backward_layer(inputs)
-    if op.return_sequences:
-        backward = keras.ops.flip(backward, axis=1)
-    merge = {
-        "concat": lambda: keras.ops.concatenate([forward, backward], axis=-1),
-        "sum": lambda: forward + backward,
-        "ave": lambda: (forward + backward) / 2,
-        "mul": lambda: forward * backward,
-        None: lambda: (forward, backward),
-    }
-    return merge[op.merge_mode](), ""
-
-
-WRAPPERS = {keras.layers.TimeDistributed: _over_time, keras.layers.Bidirectional: _both_ways}
+    args, kwargs = keras.tree.map_structure(fresh, (list(args), kwargs))
+    return keras.Function(tensors, attention(*args, **kwargs))
 
 
 def _split_separable(layer, name):

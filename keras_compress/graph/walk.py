@@ -45,7 +45,9 @@ class Role(enum.Enum):
     ARITHMETIC = "arithmetic"  # combines values: its inputs are worth quantizing
     NORMALIZATION = "normalization"  # affine per channel: folds into a convolution before it
     ACTIVATION = "activation"  # element-wise function, fused with the operation before it
-    MOVEMENT = "movement"  # only moves or selects values: the same grid before and after
+    # Only moves or selects values, in integers too: the same grid before and after. (Repetition,
+    # reversal and up-sampling move values as well, but the CPU plugin computes them in float.)
+    MOVEMENT = "movement"
     FAKE_QUANTIZE = "fake quantize"  # already rounds to a grid
     FLOAT = "float"  # anything else: stays as it is
 
@@ -67,17 +69,18 @@ OPS = {
     **_rows(
         Role.MOVEMENT,
         keras.layers,
-        "Reshape Flatten Permute RepeatVector ZeroPadding1D ZeroPadding2D ZeroPadding3D "
-        "Cropping1D Cropping2D Cropping3D MaxPooling1D MaxPooling2D MaxPooling3D "
+        "Reshape Flatten Permute ZeroPadding2D ZeroPadding3D Cropping1D Cropping2D Cropping3D "
+        "MaxPooling1D MaxPooling2D MaxPooling3D "
         "GlobalMaxPooling1D GlobalMaxPooling2D GlobalMaxPooling3D Concatenate Dropout "
-        "SpatialDropout1D SpatialDropout2D SpatialDropout3D Identity UpSampling1D UpSampling3D "
-        "ActivityRegularization",
+        "SpatialDropout1D SpatialDropout2D SpatialDropout3D Identity ActivityRegularization",
     ),
 }
 
 # `keras.ops` functions become operation objects whose classes are not public: by class name.
 OPS_BY_NAME = {
-    **dict.fromkeys("Add Subtract Multiply Maximum Minimum Matmul Mean".split(), Role.ARITHMETIC),
+    **dict.fromkeys(
+        "Add Subtract Multiply Maximum Minimum Matmul Einsum Mean".split(), Role.ARITHMETIC
+    ),
     **dict.fromkeys(
         (
             "Relu Relu6 Silu Sigmoid HardSigmoid HardSilu Gelu Elu Selu LeakyRelu Tanh Softplus"
@@ -85,8 +88,8 @@ OPS_BY_NAME = {
         Role.ACTIVATION,
     ),
     **dict.fromkeys(
-        "Reshape Transpose Squeeze ExpandDims GetItem Concatenate Pad MaxPool Identity Flip "
-        "Swapaxes Moveaxis BroadcastTo Repeat Tile Take Stack Split Ravel".split(),
+        "Reshape Transpose Squeeze ExpandDims GetItem Concatenate Pad MaxPool Max Min Identity "
+        "Swapaxes Moveaxis BroadcastTo Take Stack Split Ravel".split(),
         Role.MOVEMENT,
     ),
 }
@@ -98,8 +101,6 @@ def role_of(op):
         return Role.FAKE_QUANTIZE
     if layer_spec(op) is not None:
         return Role.WEIGHTED
-    if isinstance(op, keras.layers.UpSampling2D):
-        return Role.MOVEMENT if op.interpolation == "nearest" else Role.FLOAT
     if isinstance(op, keras.layers.Layer):
         return next((OPS[base] for base in type(op).__mro__ if base in OPS), Role.FLOAT)
     return OPS_BY_NAME.get(type(op).__name__, Role.FLOAT)

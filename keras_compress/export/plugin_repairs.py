@@ -1,0 +1,102 @@
+"""Rewrites of an IR that the CPU plugin would compute wrong, or unlike the trained model."""
+
+import numpy as np
+
+# Operation -> axes of its weight that keep a step per index (output channels, groups).
+CONVOLUTIONS = {
+    "Convolution": (0,),
+    "GroupConvolution": (0, 1),
+    "ConvolutionBackpropData": (1,),
+    "GroupConvolutionBackpropData": (0, 2),
+}
+ARITHMETIC = ("Add", "Multiply", "Subtract")
+# Operations that the plugin runs as part of the convolution before them.
+ACTIVATIONS = ("Relu", "Clamp", "Minimum", "Maximum", "PRelu", "Swish", "HSwish", "Elu", "Sigmoid")
+NEXT_TO_NOTHING = np.float32(1e-30)
+
+
+def give_biases(ov_model):
+    """Add a bias of next to nothing to integer products without one, in place; return how many.
+
+    The step of such a product is a multiplication behind it. With no bias to end the product, the
+    CPU plugin moves that multiplication into whatever float operations read it, and where several
+    do, or a reduction, numbers come out wrong or the model does not compile. A bias is free.
+    """
+    from openvino import opset15
+
+    given = 0
+    for op in ov_model.get_ordered_ops():
+        if not _has_integer_weights(op) or _is_shifted(op):
+            continue
+        shape = op.get_output_partial_shape(0)
+        channel = len(shape) - 1 if op.get_type_name() == "MatMul" else 1
+        sizes = [1] * len(shape)
+        sizes[channel] = shape[channel].get_length()
+        readers = op.output(0).get_target_inputs()
+        biased = opset15.add(op, opset15.constant(np.full(sizes, NEXT_TO_NOTHING)))
+        biased.set_friendly_name(f"{op.get_friendly_name()}/bias")
+        for reader in readers:
+            reader.replace_source_output(biased.output(0))
+        given += 1
+    return given
+
+
+def _has_integer_weights(op):
+    """Whether an operation multiplies by a weight that `use_integer_weights` has written."""
+    return op.get_type_name() in (*CONVOLUTIONS, "MatMul") and any(
+        value.get_node().get_friendly_name().endswith("/dequantized") for value in op.input_values()
+    )
+
+
+def _is_shifted(op):
+    """Whether a constant that is not zero is added to a product, behind scaling at most."""
+    while True:
+        readers = list(op.output(0).get_target_inputs())
+        if len(readers) != 1 or readers[0].get_node().get_type_name() not in ARITHMETIC:
+            return False
+        op = readers[0].get_node()
+        sources = [value.get_node() for value in op.input_values()]
+        constants = [node for node in sources if node.get_type_name() == "Constant"]
+        if not constants:
+            return False
+        if op.get_type_name() != "Multiply" and constants[0].data.any():
+            return True
+
+
+def keep_rounding(ov_model):
+    """Keep the rounding of activations that are added to others, in place; return how many.
+
+    Where a convolution's rounded output is added to another tensor and the sum is rounded again,
+    the CPU plugin runs all of it as one operation and leaves the first rounding out: the IR would
+    differ from the trained model by whole steps. A pooling of size one between the rounding and
+    the addition keeps them apart; it moves 8-bit values once.
+    """
+    from openvino import opset15
+
+    kept = 0
+    for op in ov_model.get_ordered_ops():
+        if op.get_type_name() != "FakeQuantize" or not _is_added(op) or not _is_convolved(op):
+            continue
+        ones, zeros = ([value] * (len(op.get_output_partial_shape(0)) - 2) for value in (1, 0))
+        readers = op.output(0).get_target_inputs()
+        pooled = opset15.max_pool(op, ones, ones, zeros, zeros, ones)
+        pooled.set_friendly_name(f"{op.get_friendly_name()}/rounded")
+        for reader in readers:
+            reader.replace_source_output(pooled.output(0))
+        kept += 1
+    return kept
+
+
+def _is_added(op):
+    readers = list(op.output(0).get_target_inputs())
+    return len(readers) == 1 and readers[0].get_node().get_type_name() in ("Add", "Subtract")
+
+
+def _is_convolved(op):
+    """Whether a tensor comes from a convolution through bias, batch norm or activation alone."""
+    while True:
+        op = op.input_value(0).get_node()
+        if op.get_type_name() in CONVOLUTIONS:
+            return True
+        if op.get_type_name() not in (*ARITHMETIC, *ACTIVATIONS):
+            return False

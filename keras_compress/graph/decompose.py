@@ -1,0 +1,76 @@
+"""What composite operations do, in primitives: each function records it on symbolic tensors."""
+
+import keras
+from keras import ops
+
+LARGE_NEGATIVE = -0.7 * 3.4028235e38  # what Keras gives masked scores: 0.7 of float32's lowest
+
+
+def unwrapped(op, inputs, mask):
+    """Return (outputs of a wrapper's inner layers or None, reason for keeping it whole).
+
+    Args:
+        op: a layer of one of the classes `WRAPPERS`.
+        inputs: symbolic tensor.
+        mask: symbolic mask of its time steps, or None.
+    """
+    wrapper = next(cls for cls in WRAPPERS if isinstance(op, cls))
+    return WRAPPERS[wrapper](op, inputs, mask)
+
+
+def _over_time(op, inputs, mask):
+    """Give the time steps of a `TimeDistributed` to its inner layer as samples."""
+    if mask is not None:
+        return None, "its time steps are masked"
+    if None in inputs.shape[1:]:
+        return None, f"its input has axes of unknown length: {inputs.shape}"
+    steps = op.layer(ops.reshape(inputs, (-1, *inputs.shape[2:])))
+    return ops.reshape(steps, (-1, inputs.shape[1], *steps.shape[1:])), ""
+
+
+def _both_ways(op, inputs, mask):
+    """Call the two layers of a `Bidirectional` and merge as it does."""
+    if op.return_state:
+        return None, "returns its states"
+    arguments = {} if mask is None else {"mask": mask}
+    forward = op.forward_layer(inputs, **arguments)
+    backward = op.backward_layer(inputs, **arguments)
+    if op.return_sequences:
+        backward = ops.flip(backward, axis=1)
+    merge = {
+        "concat": lambda: ops.concatenate([forward, backward], axis=-1),
+        "sum": lambda: forward + backward,
+        "ave": lambda: (forward + backward) / 2,
+        "mul": lambda: forward * backward,
+        None: lambda: (forward, backward),
+    }
+    return merge[op.merge_mode](), ""
+
+
+WRAPPERS = {keras.layers.TimeDistributed: _over_time, keras.layers.Bidirectional: _both_ways}
+
+
+def is_attention(op):
+    """Whether an operation is `keras.ops.dot_product_attention` in a form that `attention` has."""
+    plain = not getattr(op, "is_causal", True) and op.attn_logits_soft_cap is None
+    return type(op).__name__ == "DotProductAttention" and plain
+
+
+def attention(query, key, value, bias=None, mask=None, scale=None):
+    """Return what `keras.ops.dot_product_attention` computes, as two matrix products.
+
+    Shapes: query `(batch, queries, heads, size)`, key and value `(batch, keys, heads, size)`,
+    bias and mask broadcast with `(batch, heads, queries, keys)`.
+    """
+    groups = query.shape[2] // key.shape[2]
+    if groups > 1:
+        key, value = (ops.repeat(x, groups, axis=2) for x in (key, value))
+    query, value = (ops.transpose(x, (0, 2, 1, 3)) for x in (query, value))
+    scores = ops.matmul(query, ops.transpose(key, (0, 2, 3, 1)))
+    scores = scores * (key.shape[-1] ** -0.5 if scale is None else scale)
+    if bias is not None:
+        scores = scores + bias
+    if mask is not None:
+        scores = ops.where(mask, scores, LARGE_NEGATIVE)
+    products = ops.matmul(ops.softmax(scores, axis=-1), value)
+    return ops.transpose(products, (0, 2, 1, 3))
