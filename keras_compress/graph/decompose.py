@@ -6,35 +6,30 @@ from keras import ops
 LARGE_NEGATIVE = -0.7 * 3.4028235e38  # what Keras gives masked scores: 0.7 of float32's lowest
 
 
-def unwrapped(op, inputs, mask):
+def unwrapped(op, inputs):
     """Return (outputs of a wrapper's inner layers or None, reason for keeping it whole).
 
     Args:
         op: a layer of one of the classes `WRAPPERS`.
         inputs: symbolic tensor.
-        mask: symbolic mask of its time steps, or None.
     """
     wrapper = next(cls for cls in WRAPPERS if isinstance(op, cls))
-    return WRAPPERS[wrapper](op, inputs, mask)
+    return WRAPPERS[wrapper](op, inputs)
 
 
-def _over_time(op, inputs, mask):
+def _over_time(op, inputs):
     """Give the time steps of a `TimeDistributed` to its inner layer as samples."""
-    if mask is not None:
-        return None, "its time steps are masked"
     if None in inputs.shape[1:]:
         return None, f"its input has axes of unknown length: {inputs.shape}"
     steps = op.layer(ops.reshape(inputs, (-1, *inputs.shape[2:])))
     return ops.reshape(steps, (-1, inputs.shape[1], *steps.shape[1:])), ""
 
 
-def _both_ways(op, inputs, mask):
+def _both_ways(op, inputs):
     """Call the two layers of a `Bidirectional` and merge as it does."""
     if op.return_state:
         return None, "returns its states"
-    arguments = {} if mask is None else {"mask": mask}
-    forward = op.forward_layer(inputs, **arguments)
-    backward = op.backward_layer(inputs, **arguments)
+    forward, backward = op.forward_layer(inputs), op.backward_layer(inputs)
     if op.return_sequences:
         backward = ops.flip(backward, axis=1)
     merge = {

@@ -167,10 +167,10 @@ class _Tracer:
             return own, ""
         if is_attention(op):
             return _attention(args, kwargs), ""
-        if isinstance(op, tuple(WRAPPERS)):
-            return _unwrapped(op, args, kwargs)
         if self.masked and "mask" in "".join(inspect.signature(op.call).parameters):
             return None, MASKED
+        if isinstance(op, tuple(WRAPPERS)):
+            return _unwrapped(op, args, kwargs)
         if op._trainable_variables or op._non_trainable_variables or op._seed_generators:
             return None, "has weights or random state of its own beside its inner layers"
         return _call_symbolically(op, args, kwargs)
@@ -305,13 +305,11 @@ def _nodes_restored(model):
 
 def _unwrapped(op, args, kwargs):
     """Return (`keras.Function` of what a wrapper does with its inner layers or None, reason)."""
-    leaves = keras.tree.flatten([args, kwargs])
-    given = [leaf for leaf in leaves if isinstance(leaf, Edge)]
-    inputs = [keras.Input(batch_shape=edge.shape, dtype=edge.dtype) for edge in given]
-    has_mask = isinstance(kwargs.get("mask"), Edge)
-    if len(given) != 1 + has_mask:
-        return None, "is given initial states"
-    outputs, reason = unwrapped(op, inputs[0], inputs[1] if has_mask else None)
+    given = [leaf for leaf in keras.tree.flatten([args, kwargs]) if isinstance(leaf, Edge)]
+    if len(given) != 1:
+        return None, "takes more than one tensor: initial states or a mask"
+    inputs = keras.Input(batch_shape=given[0].shape, dtype=given[0].dtype)
+    outputs, reason = unwrapped(op, inputs)
     return (None, reason) if reason else (keras.Function(inputs, outputs), "")
 
 
