@@ -145,6 +145,19 @@ def test_a_class_that_is_not_registered_is_copied():
     assert_equal(values(twin.spare), values(model.spare))
 
 
+def test_an_adapted_normalization_comes_along():
+    def network():
+        normalization = layers.Normalization(name="normalization")
+        return keras.Sequential([keras.Input((4,)), normalization, layers.Dense(2, name="head")])
+
+    inputs = np.random.default_rng(0).normal(5, 3, (64, 4)).astype("float32")
+    model = network()
+    model.layers[0].adapt(inputs)
+    compressed = compress(model, inputs)
+    for like in (model, network()):
+        assert_equal(run(kc.strip(compressed, like=like), inputs), run(compressed, inputs))
+
+
 def test_what_is_frozen_stays_frozen():
     model = models.make("subclassed")
     model.first.trainable = False

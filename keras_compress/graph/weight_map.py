@@ -11,6 +11,7 @@ import tempfile
 
 import keras
 
+from keras_compress.graph.rebuild import finalize_state
 from keras_compress.graph.walk import all_layers, set_path
 from keras_compress.layers import CompressedLayer
 
@@ -79,6 +80,7 @@ def restore(flat, weight_map, like):
     weights = twin.weights
     for position, value in values.items():
         weights[position].assign(value)
+    finalize_state(twin)
     return twin
 
 
