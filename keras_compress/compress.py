@@ -11,8 +11,9 @@ from keras_compress.algorithms import Algorithm
 from keras_compress.config import Config
 from keras_compress.data import input_batches
 from keras_compress.graph.rebuild import rebuild
-from keras_compress.graph.trace import trace
+from keras_compress.graph.trace import require_built, trace
 from keras_compress.graph.walk import all_layers
+from keras_compress.graph.weight_map import WeightMap, restore
 from keras_compress.layers import (
     PACKAGE,
     CompressedLayer,
@@ -37,7 +38,8 @@ class CompressedModel(keras.Model):
 
     Args:
         *args, **kwargs: as for `keras.Model(inputs, outputs, name=...)`.
-        compression: dict with `config` (the configuration) and `plan` (`Plan.to_dict()`).
+        compression: dict with `config` (the configuration), `plan` (`Plan.to_dict()`) and
+            `weight_map` (`WeightMap.to_dict()`).
     """
 
     def __init__(self, *args, compression=None, **kwargs):
@@ -53,6 +55,12 @@ class CompressedModel(keras.Model):
     def plan(self):
         """What was done, as `Plan.to_dict()` gives it."""
         return self._compression.get("plan", {})
+
+    @property
+    def weight_map(self):
+        """The `WeightMap` from the weights of the user's model, or None where it was not kept."""
+        found = self._compression.get("weight_map")
+        return found and WeightMap(**found)
 
     def quantizers(self):
         """Return every `Quantizer` in the model: of weights and of edges, each once."""
@@ -135,16 +143,39 @@ def compress_model(model, config, data=None, verbose=True):
     return compressed
 
 
-def strip(model):
+def strip(model, like=None):
     """Return a plain Keras model: weights baked in, quantizers of activations frozen.
 
     Only `keras.*` layers and `FakeQuantize` remain, and the output equals the compressed model's
     at inference bit for bit.
 
+    With `like`, the result is a copy of that model instead, of its own classes and nesting, which
+    holds the same rounded weights and batch-norm statistics. Activation quantizers have no place
+    in it and are left out: its output is the stripped model's up to the rounding of activations,
+    and up to the order of float operations where only weights are quantized.
+
     Args:
         model: a compressed model, or any model that holds compressed layers.
+        like: the model that `compress_model` was given, or another of the same structure, e.g.
+            loaded again from its file. It is left untouched. None: a flat Functional model.
+
+    Raises:
+        TypeError: `like` is not a Keras model.
+        ValueError: a quantizer still lacks its range; `like` is not built, has other weights or
+            cannot be copied; `model` does not know which weights it was made from.
+
+    Example:
+
+    ```python
+    compressed = kc.compress_model(classifier, config, data=train_ds)
+    ...
+    plain = kc.strip(compressed, like=classifier)
+    assert type(plain) is type(classifier)
+    ```
     """
     require_ready(model)
+    if like is not None:
+        return restore(model, _weight_map_for(model, like), like)
 
     def plain(node):
         if isinstance(node.op, CompressedLayer):
@@ -158,6 +189,19 @@ def strip(model):
         if isinstance(layer, FakeQuantize):
             layer.trainable = False
     return stripped
+
+
+def _weight_map_for(model, like):
+    require_built(like)
+    weight_map = getattr(model, "weight_map", None)
+    if weight_map is None:
+        raise ValueError(
+            "`like` needs a model made by this version of `compress_model`, which notes where "
+            f"each weight came from. Received: model '{model.name}' ({type(model).__name__}) "
+            "without such a map. Use `keras_compress.strip(model)` without `like`, or compress "
+            "the original model again."
+        )
+    return weight_map
 
 
 def quantizers_of(model):
@@ -227,7 +271,11 @@ def _rebuild(graph, decided, config):
     quantize = [
         (entry.group, FakeQuantize(entry.transform(), name=entry.name)) for entry in decided.edges
     ]
-    compression = {"config": config.to_dict(), "plan": decided.to_dict()}
+    compression = {
+        "config": config.to_dict(),
+        "plan": decided.to_dict(),
+        "weight_map": graph.weight_map.to_dict(),
+    }
     return rebuild(graph, swap, quantize, CompressedModel, compression=compression)
 
 

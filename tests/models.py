@@ -42,7 +42,9 @@ def inputs_for(model, samples=4, seed=0):
         return random.normal(size=shape).astype("float32")
 
     if getattr(model, "example", None) is not None:
-        return keras.tree.map_structure(make, model.example)
+        # An attribute of a model is a list of Keras' own, which JAX does not take.
+        example = list(model.example) if isinstance(model.example, list) else model.example
+        return keras.tree.map_structure(make, example)
     return keras.tree.map_structure(make, rebuild(trace(model)).input)
 
 

@@ -274,6 +274,29 @@ def test_a_layer_without_a_configuration_is_copied():
     np.testing.assert_array_equal(run(model, x)[0], 3 * x)
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_an_adapted_normalization_is_copied(whole):
+    class Whole(layers.Layer):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.inner = layers.Normalization()
+
+        def build(self, input_shape):
+            self.inner.build(input_shape)
+
+        def call(self, inputs, training=False):
+            return ops.tanh(self.inner(inputs)) if training else self.inner(inputs)
+
+    inputs = keras.Input((4,))
+    layer = Whole() if whole else layers.Normalization()
+    model = keras.Model(inputs, layer(inputs))
+    x = np.random.default_rng(0).normal(5, 3, (64, 4)).astype("float32")
+    (layer.inner if whole else layer).adapt(x)
+    (expected,) = run(model, x)
+    assert_same(run(rebuild(trace(model)), x), [expected])
+    assert abs(expected.mean()) < 1e-3
+
+
 def test_a_lambda_keeps_its_function():
     factor = 3.0
     inputs = keras.Input((2,))

@@ -7,7 +7,7 @@ import functools
 
 import keras
 
-from keras_compress.graph.walk import Edge, copy_operation
+from keras_compress.graph.walk import Edge, all_layers, copy_operation
 from keras_compress.layers import CompressedLayer, clone_layer
 
 
@@ -80,3 +80,14 @@ def copy_weights(old, new):
         targets, values = new.weights, old.get_weights()
     for target, value in zip(targets, values, strict=True):
         target.assign(value)
+    finalize_state(new)
+
+
+def finalize_state(layer):
+    """Let a layer, and every layer in it, take up weights that were assigned to it.
+
+    `keras.layers.Normalization` computes with tensors made from its weights, not with these.
+    """
+    for inner in [layer, *all_layers(layer)]:
+        if isinstance(inner, keras.layers.Normalization):
+            inner.finalize_state()

@@ -13,6 +13,7 @@ import keras
 
 from keras_compress.graph.decompose import WRAPPERS, attention, is_attention, unwrapped
 from keras_compress.graph.walk import SEPARATOR, Edge, Graph, Node, copy_operation, unique_name
+from keras_compress.graph.weight_map import WeightMap
 from keras_compress.layers import layer_spec
 
 COMPOSITE_LAYERS = tuple(
@@ -37,6 +38,14 @@ def trace(model):
         TypeError: `model` is not a Keras model.
         ValueError: the model has not been built.
     """
+    require_built(model)
+    with _nodes_restored(model):
+        function = _own_graph(model) or _called_graph(model)
+        return _Tracer(model).graph(model.name, function)
+
+
+def require_built(model):
+    """Raise unless `model` is a built Keras model."""
     if not isinstance(model, keras.Model):
         raise TypeError(
             f"Expected a Keras 3 model (`keras.Model`). Received: model={model!r} "
@@ -48,9 +57,6 @@ def trace(model):
             "batch, or `model.build(input_shape)`, or start it with `keras.Input`. "
             f"Received: model={model!r}"
         )
-    with _nodes_restored(model):
-        function = _own_graph(model) or _called_graph(model)
-        return _Tracer(model).graph(model.name, function)
 
 
 def accepts_training(op):
@@ -68,6 +74,7 @@ class _Tracer:
         self.taken = set()
         self.edge_names = set()
         self.clones = {}  # id(original op) -> (copy of a bare operation | replacement layers)
+        self.originals = {}  # id(variable made here) -> the user's variable it is a copy of
         self.kept = []  # keeps ids valid while tracing
         layers = model._flatten_layers(include_self=False, recursive=True)
         self.masked = any(
@@ -87,7 +94,8 @@ class _Tracer:
         for node in self.nodes:
             for edge in node.inputs:
                 edge.consumers.append(node)
-        return Graph(name, self.nodes, inputs, outputs)
+        weight_map = WeightMap.of(self.model, self.nodes, self.originals)
+        return Graph(name, self.nodes, inputs, outputs, weight_map)
 
     def walk(self, function, edges, path):
         """Append the nodes of a Keras `Function`; `edges` maps its tensors (by id) to edges."""
@@ -143,7 +151,9 @@ class _Tracer:
     def separable(self, layer, edge, path):
         """Split a separable convolution into its depthwise and its pointwise half."""
         if id(layer) not in self.clones:
-            self.clones[id(layer)] = _split_separable(layer, self.name(layer, path))
+            halves = self.clones[id(layer)] = _split_separable(layer, self.name(layer, path))
+            copies = [variable for half in halves for variable in half.weights]
+            self.originals.update(zip(map(id, copies), layer.weights, strict=True))
         for half in self.clones[id(layer)]:
             spec = keras.KerasTensor(half.compute_output_shape(edge.shape), dtype=edge.dtype)
             (edge,) = self.leaf(half, [edge], {}, [spec], path="")

@@ -20,6 +20,11 @@ def all_layers(model):
     return list(model._flatten_layers(include_self=False, recursive=True))
 
 
+def set_path(variable, path):
+    """Give a variable a path: what Keras makes of the names of the layers around it."""
+    variable._path = path
+
+
 def copy_operation(op, name):
     """Return a copy of a stateless operation that belongs to no graph yet."""
     twin = object.__new__(type(op))
@@ -153,13 +158,15 @@ class Node:
 class Graph:
     """A flat model: `nodes` in execution order.
 
-    `input_structure` and `output_structure` are the user's nested structures of `Edge`s.
+    `input_structure` and `output_structure` are the user's nested structures of `Edge`s,
+    `weight_map` is the `WeightMap` from the user's weights to those of `nodes`.
     """
 
     name: str
     nodes: list
     input_structure: object
     output_structure: object
+    weight_map: object
 
     @property
     def inputs(self):
