@@ -217,7 +217,10 @@ def deep():
 @collected
 def shared_many_times():
     conv = layers.Conv2D(4, 3, padding="same", name="conv")
-    block = keras.Sequential([keras.Input((8, 8, 4)), conv, layers.ReLU(name="relu")], name="block")
+    inner = layers.Conv2D(4, 3, padding="same", name="inner")
+    block = keras.Sequential(
+        [keras.Input((8, 8, 4)), inner, layers.ReLU(name="relu")], name="block"
+    )
     inputs = keras.Input((8, 8, 4), name="image")
     x = block(conv(conv(inputs)))
     return keras.Model(inputs, block(x) + x, name="again_and_again")
