@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: setup demo test test-jax test-torch test-all lint format bench docs clean
+.PHONY: setup demo test test-jax test-torch test-all lint format bench coverage docs clean
 
 setup: $(STAMP)
 
@@ -28,6 +28,7 @@ test-torch: setup
 	KERAS_BACKEND=torch $(BIN)/python -m pytest -m "not slow"
 
 test-all: setup
+	$(BIN)/python -m pip install --quiet -e '.[dev,bench,hub]'
 	$(BIN)/python -m pytest
 
 lint: setup
@@ -43,6 +44,10 @@ bench: setup
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/compress_time.py
 	$(BIN)/python benchmarks/ir_latency.py
+
+coverage: setup
+	$(BIN)/python -m pip install --quiet -e '.[dev,bench,hub]'
+	$(BIN)/python benchmarks/coverage.py
 
 docs: setup
 	$(BIN)/python -m pip install --quiet -e '.[dev,docs]'

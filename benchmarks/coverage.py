@@ -194,6 +194,12 @@ def measured(name):
         return dataclasses.asdict(Row(name, error=f"{type(error).__name__}: {text[0][:200]}"))
 
 
+def measure_in_child(name):
+    """Return the `Row` of an architecture, measured in a process of its own."""
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return Row(**pool.submit(measured, name).result())
+
+
 def page(rows):
     """Return docs/coverage.md."""
     head = pathlib.Path(__file__).with_name("coverage_head.md").read_text()
@@ -221,11 +227,9 @@ def main(only: str = "", write: pathlib.Path = pathlib.Path("docs/coverage.md"))
     kept = write.with_suffix(".json")
     known = json.loads(kept.read_text()) if kept.exists() else {}
     names = only.split(",") if only else list(zoo.NAMES)
-    context = multiprocessing.get_context("spawn")
     console = Console()
     for name in track(names, console=console):
-        with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
-            known[name] = pool.submit(measured, name).result()
+        known[name] = dataclasses.asdict(measure_in_child(name))
         console.print(known[name])
         rows = [Row(**known[other]) for other in zoo.NAMES if other in known]
         kept.write_text(json.dumps({row.name: dataclasses.asdict(row) for row in rows}, indent=1))

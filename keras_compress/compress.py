@@ -242,7 +242,7 @@ def _checked_graph(model):
             raise ValueError(
                 f"Expected a model that is not compressed yet. Received: model '{model.name}', "
                 f"whose layer '{node.name}' is a {type(node.op).__name__}. Compress the float "
-                "model, or `keras_compress.strip` this one first."
+                "model, or what `keras_compress.strip(model, like=original)` gives back."
             )
     return graph
 

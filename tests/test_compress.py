@@ -278,6 +278,10 @@ def test_compressing_again_and_keras_quantize_are_refused():
         compress(compressed)
     with pytest.raises(ValueError, match="already compressed"):
         compressed.quantize("int8")
+    with pytest.raises(ValueError, match=r"not compressed yet.*strip\(model, like=original\)"):
+        compress(kc.strip(compressed))
+    again = compress(kc.strip(compressed, like=network()))
+    assert again.plan["weights"] == compressed.plan["weights"]
 
 
 def test_bad_models():

@@ -1,0 +1,38 @@
+"""Every architecture of the coverage page through the whole way; `make test-all` runs it."""
+
+import importlib.util
+import math
+import pathlib
+import sys
+
+import pytest
+from backend_helpers import BACKEND
+
+FOLDER = pathlib.Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(FOLDER))
+
+import coverage  # noqa: E402
+import zoo  # noqa: E402
+
+CONVOLUTIONAL = zoo.APPLICATIONS
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", zoo.NAMES)
+def test_architecture(name):
+    if BACKEND != "tensorflow":
+        pytest.skip("the sweep runs on TensorFlow")
+    for module in ("nncf", *(["keras_hub"] if name not in CONVOLUTIONAL else [])):
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"{module} is not installed")
+    row = coverage.measure_in_child(name)
+    assert not row.error, row.error
+    assert row.trace <= 1e-6
+    assert math.isfinite(row.loss)
+    assert row.save == row.strip == 0.0
+    assert row.layers[0] >= row.nncf_layers[0]
+    assert row.share >= (0.99 if name in CONVOLUTIONAL else 0.95)
+    # With random weights single roundings grow from layer to layer: no more than a change of the
+    # inputs by a millionth does.
+    assert row.ir <= max(2e-3, 3 * row.moved)
