@@ -12,7 +12,14 @@ import types
 
 import keras
 
-from keras_compress.graph.decompose import WRAPPERS, attention, is_attention, unwrapped
+from keras_compress.graph.decompose import (
+    SEPARABLE_LAYERS,
+    WRAPPERS,
+    attention,
+    is_attention,
+    split_separable,
+    unwrapped,
+)
 from keras_compress.graph.record import (
     SIZES,
     Record,
@@ -42,10 +49,6 @@ COMPOSITE_LAYERS = tuple(
     if hasattr(keras.layers, name)
 )
 MASKED = "reads an implicit mask, which tracing would lose"
-SEPARABLE_LAYERS = {
-    keras.layers.SeparableConv1D: (keras.layers.DepthwiseConv1D, keras.layers.Conv1D),
-    keras.layers.SeparableConv2D: (keras.layers.DepthwiseConv2D, keras.layers.Conv2D),
-}
 
 
 def trace(model):
@@ -194,7 +197,7 @@ class _Tracer:
     def separable(self, layer, edge, path):
         """Split a separable convolution into its depthwise and its pointwise half."""
         if id(layer) not in self.clones:
-            halves = self.clones[id(layer)] = _split_separable(layer, self.name(layer, path))
+            halves = self.clones[id(layer)] = split_separable(layer, self.name(layer, path))
             copies = [variable for half in halves for variable in half.weights]
             self.originals.update(zip(map(id, copies), layer.weights, strict=True))
         for half in self.clones[id(layer)]:
@@ -456,52 +459,3 @@ def _attention(args, kwargs):
     """Return the `Record` of an attention's two products."""
     inputs, args, kwargs = _symbolic(list(args), kwargs)
     return _recorded(keras.Function(inputs, attention(*args, **kwargs)))
-
-
-def _split_separable(layer, name):
-    """Return (depthwise, pointwise) layers that compute what a separable convolution computes."""
-    depthwise_class, pointwise_class = SEPARABLE_LAYERS[type(layer)]
-    shared = {"data_format": layer.data_format, "dtype": layer.dtype_policy}
-    depthwise = depthwise_class(
-        layer.kernel_size,
-        strides=layer.strides,
-        padding=layer.padding,
-        dilation_rate=layer.dilation_rate,
-        depth_multiplier=layer.depth_multiplier,
-        use_bias=False,
-        name=f"{name}{SEPARATOR}depthwise",
-        depthwise_regularizer=layer.depthwise_regularizer,
-        depthwise_constraint=layer.depthwise_constraint,
-        trainable=layer.trainable,
-        **shared,
-    )
-    pointwise = pointwise_class(
-        layer.filters,
-        1,
-        padding=layer.padding,
-        use_bias=layer.use_bias,
-        activation=layer.activation,
-        name=f"{name}{SEPARATOR}pointwise",
-        kernel_regularizer=layer.pointwise_regularizer,
-        kernel_constraint=layer.pointwise_constraint,
-        bias_regularizer=layer.bias_regularizer,
-        bias_constraint=layer.bias_constraint,
-        activity_regularizer=layer.activity_regularizer,
-        trainable=layer.trainable,
-        **shared,
-    )
-    channel_axis = -1 if layer.data_format == "channels_last" else 1
-    shape = [None] * (layer.rank + 2)
-    shape[channel_axis] = layer.input_spec.axes[channel_axis]
-    depthwise.build(tuple(shape))
-    shape[channel_axis] *= layer.depth_multiplier
-    pointwise.build(tuple(shape))
-    depthwise.kernel.assign(keras.ops.convert_to_numpy(layer.depthwise_kernel))
-    pointwise.set_weights(
-        [
-            keras.ops.convert_to_numpy(w)
-            for w in (layer.pointwise_kernel, layer.bias)
-            if w is not None
-        ]
-    )
-    return depthwise, pointwise
