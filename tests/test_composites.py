@@ -180,6 +180,20 @@ def test_a_nested_model_is_traced_for_the_sizes_it_is_called_on():
     assert trace(inner).layer_nodes()["causal"].reason  # of unknown length
 
 
+def test_a_subclass_that_adds_no_method_is_its_base():
+    class Tokens(layers.ReversibleEmbedding):
+        """Renamed."""
+
+    tokens = keras.Input((3,), dtype="int32")
+    outputs = layers.Dense(2, name="head")(Tokens(9, 4, name="tokens")(tokens))
+    model = keras.Model(tokens, outputs)
+    compressed = kc.compress_model(model, CONFIG, data=np.ones((4, 3), "int32"), verbose=False)
+    embedding = compressed.get_layer("tokens")
+    assert type(embedding).__name__ == "FakeQuantReversibleEmbedding"
+    assert len(np.unique(embedding.effective_weight("embeddings")[:, 0])) > 1
+    assert type(kc.strip(compressed).get_layer("tokens")) is layers.ReversibleEmbedding
+
+
 def test_what_prepares_the_input_of_a_softmax_stays_float():
     x = keras.Input((5, 8), name="x")
     bias = keras.Input((5, 5), name="bias")
