@@ -90,7 +90,8 @@ def measure(name):
     }
     compressed = kc.compress_model(model, CONFIG, data=data, verbose=False)
     compressed.compile(keras.optimizers.SGD(1e-4), "mse")
-    row["loss"] = float(compressed.train_on_batch(data, targets(expected, compressed)))
+    logs = compressed.train_on_batch(data, targets(expected, compressed), return_dict=True)
+    row["loss"] = float(logs["loss"])
     trained = outputs(compressed, data)
     row["moved"] = difference(trained, outputs(compressed, moved(data)), ranges=True)
     with tempfile.TemporaryDirectory() as folder:

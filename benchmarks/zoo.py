@@ -3,6 +3,7 @@
 `NAMES` lists them; `make(name)` returns (built model, data for 8 samples).
 """
 
+import hub
 import keras
 import numpy as np
 
@@ -16,11 +17,13 @@ APPLICATIONS = [
     for name, value in vars(keras.applications).items()
     if name[0].isupper() and callable(value)
 ]
-NAMES = [*APPLICATIONS]
+NAMES = [*APPLICATIONS, *hub.NAMES]
 
 
 def make(name):
     """Return (built model, data): the weights depend on the name alone."""
+    if name in hub.NAMES:
+        return hub.make(name)
     keras.utils.set_random_seed(0)
     size = LARGER.get(name, SIZE)
     function = getattr(keras.applications, name)

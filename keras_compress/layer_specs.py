@@ -48,6 +48,10 @@ def _recurrent_row():
     return LayerSpec(types.MappingProxyType(weights), integer=False, reason=LOOP, holder="cell")
 
 
+def _lookup_row():
+    return LayerSpec(types.MappingProxyType({"embeddings": (-1,)}), integer=False)
+
+
 def _einsum_output_axes(layer):
     """Return the kernel axes of an `EinsumDense` that are not summed over."""
     operands, _, output = layer.equation.replace(" ", "").partition("->")
@@ -68,11 +72,21 @@ LAYERS = {
     keras.layers.SeparableConv2D: _row(depthwise_kernel=(-2, -1), pointwise_kernel=(-1,)),
     keras.layers.Dense: _row(kernel=(-1,)),
     keras.layers.EinsumDense: _row(kernel=_einsum_output_axes),
-    keras.layers.Embedding: LayerSpec(types.MappingProxyType({"embeddings": (-1,)}), integer=False),
+    keras.layers.Embedding: _lookup_row(),
+    keras.layers.ReversibleEmbedding: _lookup_row(),
     keras.layers.SimpleRNN: _recurrent_row(),
     keras.layers.GRU: _recurrent_row(),
     keras.layers.LSTM: _recurrent_row(),
 }
+
+
+def supported_class(cls):
+    """Return the class with a row that a layer class is or adds no method to, or None."""
+    while cls not in LAYERS:
+        if any(map(callable, vars(cls).values())):
+            return None
+        (cls,) = cls.__bases__ if len(cls.__bases__) == 1 else (object,)
+    return cls
 
 
 def add_row(cls, weights, integer=True):

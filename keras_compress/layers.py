@@ -16,7 +16,7 @@ import keras
 import numpy as np
 from keras.src.backend.common.stateless_scope import get_stateless_scope, in_stateless_scope
 
-from keras_compress.layer_specs import LAYERS, add_row
+from keras_compress.layer_specs import LAYERS, add_row, supported_class
 from keras_compress.quantizers import Quantizer, SymmetricQuantizer
 from keras_compress.ranges import Observer
 from keras_compress.transforms import Transform
@@ -30,11 +30,12 @@ FAKE_QUANT_LAYERS = {}  # Keras layer class -> its FakeQuant class, filled by su
 def layer_spec(layer):
     """Return the `LayerSpec` of a layer, or None where its class (or base class) has no row.
 
-    A user's subclass of a supported layer is not matched: its `call` may do something else.
+    A user's subclass of a supported layer is matched where it adds no method: its `call` may do
+    something else.
     """
     if isinstance(layer, CompressedLayer):
         return LAYERS[layer.keras_class]
-    return LAYERS.get(type(layer))
+    return LAYERS.get(supported_class(type(layer)))
 
 
 def compressed_class(layer):
@@ -43,7 +44,7 @@ def compressed_class(layer):
     Raises:
         KeyError: the layer's class has no row in `LAYERS`.
     """
-    return FAKE_QUANT_LAYERS[type(layer)]
+    return FAKE_QUANT_LAYERS[supported_class(type(layer))]
 
 
 def clone_layer(layer, name):
@@ -365,6 +366,10 @@ class FakeQuantEinsumDense(FakeQuant, keras.layers.EinsumDense):
 
 class FakeQuantEmbedding(FakeQuant, keras.layers.Embedding):
     """`keras.layers.Embedding` that looks up fake-quantized vectors."""
+
+
+class FakeQuantReversibleEmbedding(FakeQuant, keras.layers.ReversibleEmbedding):
+    """`keras.layers.ReversibleEmbedding` with fake-quantized vectors in both directions."""
 
 
 class FakeQuantRecurrent(FakeQuant):

@@ -13,7 +13,7 @@ from keras_compress.graph.trace import trace
 
 MODELS = {}  # name -> function that makes the model
 OPAQUE = {  # model -> layer that stays whole, and a word of the reason
-    "own_weights": ("scaled", "own"),
+    "listed_weights": ("listed", "own"),
     "training_branch": ("branch", "training"),
     "data_dependent": ("dependent", "cannot be traced"),
     "training_constant": ("constant", "training"),
@@ -137,7 +137,7 @@ class BranchingModel(keras.Model):
 
 @registered
 class ScaledDense(layers.Layer):
-    """A layer with an inner layer and a weight of its own: must stay whole."""
+    """A layer with an inner layer and a weight of its own."""
 
     def __init__(self, units, **kwargs):
         super().__init__(**kwargs)
@@ -153,6 +153,18 @@ class ScaledDense(layers.Layer):
 
     def get_config(self):
         return super().get_config() | {"units": self.units}
+
+
+@registered
+class ListedWeights(ScaledDense):
+    """The same with its weight in a list, where tracing does not see it: must stay whole."""
+
+    def build(self, input_shape):
+        self.dense.build(input_shape)
+        self.factors = [self.add_weight(shape=(self.units,), name="factor", initializer="ones")]
+
+    def call(self, inputs):
+        return self.dense(inputs) * self.factors[0]
 
 
 @registered
@@ -506,6 +518,11 @@ def _around(layer, name):
 @collected
 def own_weights():
     return _around(ScaledDense(4, name="scaled"), "own_weights")
+
+
+@collected
+def listed_weights():
+    return _around(ListedWeights(4, name="listed"), "listed_weights")
 
 
 @collected

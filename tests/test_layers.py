@@ -37,6 +37,7 @@ CASES = {
         (2, 4, 5),
     ),
     layers.Embedding: ({"input_dim": 7, "output_dim": 4}, (2, 5)),
+    layers.ReversibleEmbedding: ({"input_dim": 7, "output_dim": 4}, (2, 5)),
     layers.SimpleRNN: ({"units": 3, "return_sequences": True}, (2, 4, 5)),
     layers.GRU: ({"units": 3, "go_backwards": True}, (2, 4, 5)),
     layers.LSTM: ({"units": 3, "return_sequences": True}, (2, 4, 5)),
@@ -55,6 +56,7 @@ SCALE_SHAPES = {
     layers.Dense: (1, 4),
     layers.EinsumDense: (1, 2, 3),
     layers.Embedding: (1, 4),
+    layers.ReversibleEmbedding: (1, 4),
     layers.SimpleRNN: (1, 3),
     layers.GRU: (1, 9),
     layers.LSTM: (1, 12),
@@ -71,7 +73,7 @@ every_layer = pytest.mark.parametrize("cls", LAYERS, ids=lambda cls: cls.__name_
 def data(cls, seed=0):
     random = np.random.default_rng(seed)
     shape = CASES[cls][1]
-    if cls is layers.Embedding:
+    if issubclass(cls, layers.Embedding):
         return random.integers(0, 7, shape).astype("int32")
     return random.normal(size=shape).astype("float32")
 

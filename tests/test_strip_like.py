@@ -250,7 +250,7 @@ def test_a_copy_with_other_weights_is_refused():
 
 
 def test_weights_that_were_trained_apart_are_refused():
-    scaled = models.ScaledDense(4, name="scaled")
+    scaled = models.ListedWeights(4, name="scaled")
     inputs = keras.Input((6,), name="features")
     model = keras.Model(inputs, [scaled(inputs), scaled.dense(inputs)], name="tied")
     compressed = compress(models.randomize(model))

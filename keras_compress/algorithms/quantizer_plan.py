@@ -128,7 +128,7 @@ def _second_operands(graph):
             edge = waiting.pop()
             found.add(edge)
             if edge.producer is not None and edge.producer.role is Role.MOVEMENT:
-                waiting.extend(edge.producer.inputs)
+                waiting.extend(edge.producer.carried)
     return found
 
 
@@ -233,7 +233,7 @@ def _why_float(options, node, readers):
     if node.reason:
         return node.reason
     role = node.role
-    if role in (Role.MOVEMENT, Role.FAKE_QUANTIZE):
+    if role in (Role.MOVEMENT, Role.FAKE_QUANTIZE, Role.PARAMETER):
         return ""
     if role in (Role.NORMALIZATION, Role.ACTIVATION) and folded_into(node) is not None:
         return ""
@@ -258,7 +258,7 @@ def _is_rounded_before(edge, readers):
     node = edge.producer
     return node is not None and any(
         (node, source) in readers or _is_rounded_before(source, readers)
-        for source in node.inputs
+        for source in node.carried
         if node.role is Role.MOVEMENT
     )
 

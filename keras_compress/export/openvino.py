@@ -229,7 +229,8 @@ def name_layers(ov_model, model):
         constant = op.input_value(port).get_node()
         layer, weight = layers.get(_digest(constant.data), (None, None))
         if layer is not None:
-            constant.set_friendly_name(f"{layer}/{weight}")
+            # A layer that is called twice may have its weight twice.
+            constant.set_friendly_name(unique_name(f"{layer}/{weight}", taken))
             if op.get_type_name() != "Loop":
                 _name_chain(op, layer, taken)
 

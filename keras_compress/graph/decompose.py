@@ -69,3 +69,58 @@ def attention(query, key, value, bias=None, mask=None, scale=None):
         scores = ops.where(mask, scores, LARGE_NEGATIVE)
     products = ops.matmul(ops.softmax(scores, axis=-1), value)
     return ops.transpose(products, (0, 2, 1, 3))
+
+
+SEPARABLE_LAYERS = {
+    keras.layers.SeparableConv1D: (keras.layers.DepthwiseConv1D, keras.layers.Conv1D),
+    keras.layers.SeparableConv2D: (keras.layers.DepthwiseConv2D, keras.layers.Conv2D),
+}
+
+
+def split_separable(layer, name):
+    """Return (depthwise, pointwise) layers that compute what a separable convolution computes."""
+    depthwise_class, pointwise_class = SEPARABLE_LAYERS[type(layer)]
+    shared = {"data_format": layer.data_format, "dtype": layer.dtype_policy}
+    depthwise = depthwise_class(
+        layer.kernel_size,
+        strides=layer.strides,
+        padding=layer.padding,
+        dilation_rate=layer.dilation_rate,
+        depth_multiplier=layer.depth_multiplier,
+        use_bias=False,
+        name=f"{name}-depthwise",
+        depthwise_regularizer=layer.depthwise_regularizer,
+        depthwise_constraint=layer.depthwise_constraint,
+        trainable=layer.trainable,
+        **shared,
+    )
+    pointwise = pointwise_class(
+        layer.filters,
+        1,
+        padding=layer.padding,
+        use_bias=layer.use_bias,
+        activation=layer.activation,
+        name=f"{name}-pointwise",
+        kernel_regularizer=layer.pointwise_regularizer,
+        kernel_constraint=layer.pointwise_constraint,
+        bias_regularizer=layer.bias_regularizer,
+        bias_constraint=layer.bias_constraint,
+        activity_regularizer=layer.activity_regularizer,
+        trainable=layer.trainable,
+        **shared,
+    )
+    channel_axis = -1 if layer.data_format == "channels_last" else 1
+    shape = [None] * (layer.rank + 2)
+    shape[channel_axis] = layer.input_spec.axes[channel_axis]
+    depthwise.build(tuple(shape))
+    shape[channel_axis] *= layer.depth_multiplier
+    pointwise.build(tuple(shape))
+    depthwise.kernel.assign(keras.ops.convert_to_numpy(layer.depthwise_kernel))
+    pointwise.set_weights(
+        [
+            keras.ops.convert_to_numpy(w)
+            for w in (layer.pointwise_kernel, layer.bias)
+            if w is not None
+        ]
+    )
+    return depthwise, pointwise

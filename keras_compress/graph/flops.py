@@ -18,7 +18,7 @@ def flops(node):
     element-wise and normalization one per output value.
     Unknown sizes (`None`) count as 1.
     """
-    if node.role in (Role.MOVEMENT, Role.FAKE_QUANTIZE):
+    if node.role in (Role.MOVEMENT, Role.FAKE_QUANTIZE, Role.PARAMETER):
         return 0
     outputs = sum(_size(edge.shape) for edge in node.outputs)
     if layer_spec(node.op) is not None:

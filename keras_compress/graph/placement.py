@@ -34,7 +34,7 @@ TRANSPARENT = (
     keras.layers.Identity,
 )
 PRODUCTS = ("Matmul", "Einsum", "Dot")
-TWO_OPERANDS = ("Add", "Subtract", "Multiply", "Maximum", "Minimum", "Matmul")
+ELEMENTWISE = ("Add", "Subtract", "Multiply", "Maximum", "Minimum")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,8 +144,11 @@ def _is_convolved(edge, wanted):
 
 
 def _has_constant_operand(node):
-    """Whether a two-operand operation shifts or scales one tensor by a constant."""
-    return type(node.op).__name__ in TWO_OPERANDS and len(node.inputs) < 2
+    """Whether a two-operand operation shifts or scales one tensor by a constant or a variable."""
+    operands = node.inputs
+    if type(node.op).__name__ in ELEMENTWISE:
+        operands = [e for e in operands if not e.producer or e.producer.role is not Role.PARAMETER]
+    return type(node.op).__name__ in (*ELEMENTWISE, *PRODUCTS) and len(operands) < 2
 
 
 def _makes_scores(node):
@@ -187,7 +190,7 @@ def _move_up(graph, wants, targets):
     for node in reversed(graph.nodes):
         if node.role is not Role.MOVEMENT or not any(e in targets for e in node.outputs):
             continue
-        sources = [edge for edge in node.inputs if _is_float_tensor(edge)]
+        sources = [edge for edge in node.carried if _is_float_tensor(edge)]
         readers_agree = all(
             edge in targets
             and edge not in outputs
@@ -217,7 +220,7 @@ def _unify(graph, targets, moved):
 
     for node in moved:
         # Values are on one grid before and after: through every edge, rounded itself or not.
-        first, *others = filter(_is_float_tensor, [*node.inputs, *node.outputs])
+        first, *others = filter(_is_float_tensor, [*node.carried, *node.outputs])
         for edge in others:
             leader[find(edge)] = find(first)
     groups = {}

@@ -8,13 +8,40 @@ What cannot be seen through is kept whole, and its node says why.
 import contextlib
 import inspect
 import re
+import types
 
 import keras
 
-from keras_compress.graph.decompose import WRAPPERS, attention, is_attention, unwrapped
-from keras_compress.graph.walk import SEPARATOR, Edge, Graph, Node, copy_operation, unique_name
+from keras_compress.graph.decompose import (
+    SEPARABLE_LAYERS,
+    WRAPPERS,
+    attention,
+    is_attention,
+    split_separable,
+    unwrapped,
+)
+from keras_compress.graph.record import (
+    SIZES,
+    Record,
+    Untraceable,
+    definite_sizes,
+    described,
+    opening,
+    unique_names,
+    with_unknown_batch,
+)
+from keras_compress.graph.traced_layers import Parameter
+from keras_compress.graph.walk import (
+    SEPARATOR,
+    Edge,
+    Graph,
+    Node,
+    copy_operation,
+    needed_nodes,
+    unique_name,
+)
 from keras_compress.graph.weight_map import WeightMap
-from keras_compress.layers import layer_spec
+from keras_compress.layers import clone_layer, layer_spec
 
 COMPOSITE_LAYERS = tuple(
     getattr(keras.layers, name)
@@ -22,10 +49,6 @@ COMPOSITE_LAYERS = tuple(
     if hasattr(keras.layers, name)
 )
 MASKED = "reads an implicit mask, which tracing would lose"
-SEPARABLE_LAYERS = {
-    keras.layers.SeparableConv1D: (keras.layers.DepthwiseConv1D, keras.layers.Conv1D),
-    keras.layers.SeparableConv2D: (keras.layers.DepthwiseConv2D, keras.layers.Conv2D),
-}
 
 
 def trace(model):
@@ -89,32 +112,32 @@ class _Tracer:
             self.taken.add(tensor.name)
             self.edge_names.add(tensor.name)
         inputs = keras.tree.map_structure(lambda t: edges[id(t)], function._inputs_struct)
-        self.walk(function, edges, path="")
+        self.anchor = edges[id(function.inputs[0])]
+        self.walk(_recorded(function), edges, path="")
         outputs = keras.tree.map_structure(lambda t: edges[id(t)], function._outputs_struct)
-        for node in self.nodes:
+        nodes = needed_nodes(self.nodes, keras.tree.flatten(outputs))
+        for node in nodes:
             for edge in node.inputs:
                 edge.consumers.append(node)
-        weight_map = WeightMap.of(self.model, self.nodes, self.originals)
-        return Graph(name, self.nodes, inputs, outputs, weight_map)
+        weight_map = WeightMap.of(self.model, nodes, self.originals)
+        return Graph(name, nodes, inputs, outputs, weight_map)
 
-    def walk(self, function, edges, path):
-        """Append the nodes of a Keras `Function`; `edges` maps its tensors (by id) to edges."""
-        self.kept.append(function)
-        for keras_node in _nodes_of(function):
-            if keras_node.is_input or any(id(t) in edges for t in keras_node.outputs):
-                continue
-            if any(id(t) not in edges for t in keras_node.input_tensors):
+    def walk(self, record, edges, path):
+        """Append the nodes of a `Record`; `edges` maps its tensors (by id) to edges."""
+        self.kept.append(record)
+        for op, args, kwargs, tensors in record.calls:
+            given = keras.tree.flatten([args, kwargs])
+            given = [id(leaf) for leaf in given if isinstance(leaf, keras.KerasTensor)]
+            if any(id(t) in edges for t in tensors) or any(t not in edges for t in given):
                 continue
 
             def to_edge(leaf):
                 return edges[id(leaf)] if isinstance(leaf, keras.KerasTensor) else leaf
 
-            arguments = keras_node.arguments
-            args, kwargs = keras.tree.map_structure(
-                to_edge, (list(arguments.args), dict(arguments.kwargs))
-            )
-            outputs = self.call(keras_node.operation, args, kwargs, keras_node.outputs, path)
-            edges.update(zip(map(id, keras_node.outputs), outputs, strict=True))
+            args, kwargs = keras.tree.map_structure(to_edge, (list(args), dict(kwargs)))
+            inner_path = path + record.paths.get(id(op), "")
+            outputs = self.call(op, args, kwargs, tensors, inner_path)
+            edges.update(zip(map(id, tensors), outputs, strict=True))
 
     def call(self, op, args, kwargs, outputs, path):
         """Trace one call and return the edges of its outputs."""
@@ -127,8 +150,13 @@ class _Tracer:
         given = [leaf for leaf in leaves if isinstance(leaf, Edge)]
         edges = {id(t): edge for t, edge in zip(inner.inputs, given, strict=True)}
         inner_path = "" if op is self.model else self.name(op, path) + SEPARATOR
+        for variable, tensor in inner.variables:
+            edges[id(tensor)] = self.parameter(variable, inner_path)
         self.walk(inner, edges, inner_path)
-        return [edges[id(t)] for t in inner.outputs]
+        return [
+            edges[id(t)] if isinstance(t, keras.KerasTensor) else self.parameter(t, inner_path)
+            for t in inner.outputs
+        ]
 
     def leaf(self, op, args, kwargs, outputs, path, reason=""):
         name = self.name(op, path)
@@ -148,10 +176,28 @@ class _Tracer:
             self.kept.append(op)
         return self.clones[id(op)]
 
+    def parameter(self, value, path):
+        """Return the edge of a variable that a traced layer holds itself, or of a constant."""
+        if id(value) not in self.clones:
+            is_variable = isinstance(value, keras.Variable)
+            layer = Parameter(
+                value.shape,
+                name=value.name if is_variable else "constant",
+                dtype=keras.backend.standardize_dtype(value.dtype),
+                trainable=is_variable and value.trainable,
+            )
+            layer.build(None)
+            layer.value.assign(keras.ops.convert_to_numpy(value))
+            spec = layer.compute_output_spec(None)
+            (self.clones[id(value)],) = self.leaf(layer, [self.anchor], {}, [spec], path)
+            self.originals[id(layer.value)] = value
+            self.kept.append(value)
+        return self.clones[id(value)]
+
     def separable(self, layer, edge, path):
         """Split a separable convolution into its depthwise and its pointwise half."""
         if id(layer) not in self.clones:
-            halves = self.clones[id(layer)] = _split_separable(layer, self.name(layer, path))
+            halves = self.clones[id(layer)] = split_separable(layer, self.name(layer, path))
             copies = [variable for half in halves for variable in half.weights]
             self.originals.update(zip(map(id, copies), layer.weights, strict=True))
         for half in self.clones[id(layer)]:
@@ -169,21 +215,26 @@ class _Tracer:
         return self.names[id(op)]
 
     def look_inside(self, op, args, kwargs):
-        """Return (`keras.Function` of a composite or None, reason for keeping it whole)."""
+        """Return (`Record` of a composite or None, reason for keeping it whole)."""
         if not _is_composite(op):
             return None, ""
         own = _own_graph(op)
-        if own is not None:
-            return own, ""
+        reads_mask = self.masked and "mask" in "".join(inspect.signature(op.call).parameters)
+        if own is not None and (reads_mask or _has_shapes(own.inputs, args, kwargs)):
+            return _recorded(own), ""
         if is_attention(op):
             return _attention(args, kwargs), ""
-        if self.masked and "mask" in "".join(inspect.signature(op.call).parameters):
+        if reads_mask:
             return None, MASKED
         if isinstance(op, tuple(WRAPPERS)):
             return _unwrapped(op, args, kwargs)
-        if op._trainable_variables or op._non_trainable_variables or op._seed_generators:
-            return None, "has weights or random state of its own beside its inner layers"
-        return _call_symbolically(op, args, kwargs)
+        if op._seed_generators:
+            return None, "has random state of its own beside its inner layers"
+        record, reason = _call_symbolically(op, args, kwargs)
+        opened = {} if record is not None or self.masked else _openable(op)
+        if opened:
+            record, reason = _call_symbolically(op, args, kwargs, opened)
+        return record, reason
 
 
 def _is_composite(op):
@@ -193,7 +244,15 @@ def _is_composite(op):
         return False
     if type(op).__module__.partition(".")[0] in ("keras", "keras_compress"):
         return False
-    return bool(op._flatten_layers(include_self=False, recursive=False))
+    return bool(op._flatten_layers(include_self=False, recursive=False)) or not _is_copyable(op)
+
+
+def _is_copyable(layer):
+    try:
+        clone_layer(layer, layer.name)
+    except ValueError:
+        return False
+    return True
 
 
 def _own_graph(op):
@@ -205,69 +264,142 @@ def _own_graph(op):
     return op if isinstance(op, keras.Function) else None
 
 
-def _call_symbolically(op, args, kwargs):
-    """Call `op.call` on fresh symbolic tensors; accept it only when training changes no node."""
+def _has_shapes(tensors, args, kwargs):
+    """Whether the edges among arguments have the shapes that a graph was made for."""
+    edges = [leaf for leaf in keras.tree.flatten([args, kwargs]) if isinstance(leaf, Edge)]
+    return [tuple(t.shape[1:]) for t in tensors] == [tuple(edge.shape[1:]) for edge in edges]
 
-    def record(**training):
-        def fresh(leaf):
-            if not isinstance(leaf, Edge):
-                return leaf
-            return keras.Input(batch_shape=leaf.shape, dtype=leaf.dtype)
 
-        new_args, new_kwargs = keras.tree.map_structure(fresh, (args, kwargs))
-        new_kwargs |= training
-        inputs = [
-            leaf
-            for leaf in keras.tree.flatten([new_args, {**new_kwargs}])
-            if isinstance(leaf, keras.KerasTensor)
-        ]
-        return keras.Function(inputs, op.call(*new_args, **new_kwargs))
+def _openable(op, path=""):
+    """Return {id: (layer, path)} of the composites inside one, at any depth, that may be opened.
 
+    A composite whose results are no tensors cannot be a step of a graph: it is recorded as part of
+    the one that calls it.
+    """
+    found = {}
+    for layer in op._flatten_layers(include_self=False, recursive=False):
+        if _is_composite(layer) and not layer._seed_generators:
+            inner = f"{path}{layer.name}{SEPARATOR}"
+            found |= {id(layer): (layer, inner)} | _openable(layer, inner)
+    return found
+
+
+def _call_symbolically(op, args, kwargs, opened=types.MappingProxyType({})):
+    """Return (`Record` of `op.call`, ""), or (None, reason); training may change no node."""
+    unknown = any(map(_batch_is_unknown, keras.tree.flatten([args, kwargs])))
     try:
-        parameters = inspect.signature(op.call).parameters
-        if "training" not in parameters:
-            function = record()
-        elif _described(record(training=True)) != _described(record(training=False)):
-            return None, "runs other operations in training than in inference"
-        elif "training" in inspect.signature(op.call).bind(*args, **kwargs).arguments:
-            function = record()
-        else:
-            # A default of False is no decision: inner layers are to follow the outer model.
-            function = record(training=parameters["training"].default is True or None)
-        if any(_holds_variable(node) for node in _nodes_of(function)):
-            return None, "uses variables outside of a layer"
-    except Exception as error:  # whatever a user's `call` may raise on symbolic tensors
+        try:
+            record = _in_both_modes(op, args, kwargs, None, opened)
+        except Exception:  # whatever a user's `call` may raise on a batch of unknown size
+            if not unknown:
+                raise
+            record = None
+        if unknown and (record is None or record.needs_batch_size()):
+            records = [_in_both_modes(op, args, kwargs, size, opened) for size in SIZES]
+            record = with_unknown_batch(*records)
+    except Untraceable as error:
+        return None, str(error)
+    except Exception as error:  # whatever it may raise on symbolic tensors
         line = str(error).strip().splitlines() or [""]
         return None, f"cannot be traced ({type(error).__name__}: {line[0][:120]})"
-    return function, ""
+    if record.holds_variable():
+        return None, "uses variables outside of a layer"
+    return record, ""
+
+
+def _batch_is_unknown(leaf):
+    return isinstance(leaf, Edge) and leaf.shape[:1] == (None,)
+
+
+def _in_both_modes(op, args, kwargs, batch, opened):
+    """Return the `Record` of `op.call`, unless it does other things in training."""
+
+    def record(**training):
+        return _record(op, args, kwargs | training, batch, opened)
+
+    parameters = inspect.signature(op.call).parameters
+    if "training" not in parameters:
+        return record()
+    if described(record(training=True)) != described(record(training=False)):
+        raise Untraceable("runs other operations in training than in inference")
+    if "training" in inspect.signature(op.call).bind(*args, **kwargs).arguments:
+        return record()
+    # A default of False is no decision: inner layers are to follow the outer model.
+    return record(training=parameters["training"].default is True or None)
+
+
+def _symbolic(args, kwargs, batch=None):
+    """Return (list of symbolic tensors, args, kwargs) with those in place of edges."""
+
+    def fresh(leaf):
+        if not isinstance(leaf, Edge):
+            return leaf
+        shape = (batch, *leaf.shape[1:]) if _batch_is_unknown(leaf) else leaf.shape
+        return keras.Input(batch_shape=shape, dtype=leaf.dtype)
+
+    args, kwargs = keras.tree.map_structure(fresh, (args, kwargs))
+    leaves = keras.tree.flatten([args, {**kwargs}])
+    return [leaf for leaf in leaves if isinstance(leaf, keras.KerasTensor)], args, kwargs
+
+
+def _record(op, args, kwargs, batch, opened):
+    """Call `op.call` once, on fresh symbolic tensors in place of edges and of its own variables."""
+    inputs, args, kwargs = _symbolic(args, kwargs, batch)
+    layers = [layer for layer, _ in opened.values()]
+    inner = op._flatten_layers(include_self=False, recursive=True)
+    with contextlib.ExitStack() as stack:
+        variables = [
+            pair
+            for layer in [op, *layers]
+            for pair in stack.enter_context(_symbolic_variables(layer))
+        ]
+        for layer in layers:
+            stack.enter_context(opening(layer))
+        stack.enter_context(unique_names(inner))
+        stack.enter_context(definite_sizes(inner))
+        outputs = keras.tree.flatten(op.call(*args, **kwargs))
+        made = [leaf for leaf in outputs if isinstance(leaf, keras.KerasTensor)]
+        calls = _recorded(keras.Function([*inputs, *(t for _, t in variables)], made)).calls
+    paths = {
+        id(x): path
+        for layer, path in opened.values()
+        for x in layer._flatten_layers(include_self=False, recursive=False)
+    }
+    return Record(inputs, outputs, calls, variables, paths)
+
+
+@contextlib.contextmanager
+def _symbolic_variables(op):
+    """Let a layer read symbolic tensors in place of its own variables; gives the pairs of both."""
+    own = {id(v): v for v in op._trainable_variables + op._non_trainable_variables}
+    held = {name: value for name, value in vars(op).items() if id(value) in own}
+    missing = own.keys() - {id(value) for value in held.values()}
+    if missing:
+        raise Untraceable("has weights of its own that are no attributes")
+    pairs = {
+        id(v): (v, keras.Input(batch_shape=v.shape, dtype=op.compute_dtype)) for v in held.values()
+    }
+    vars(op).update({name: pairs[id(value)][1] for name, value in held.items()})
+    try:
+        yield list(pairs.values())
+    finally:
+        vars(op).update(held)
+
+
+def _recorded(function):
+    """Return a Keras `Function` as a `Record`."""
+    calls = [
+        (node.operation, node.arguments.args, node.arguments.kwargs, node.outputs)
+        for node in _nodes_of(function)
+        if not node.is_input
+    ]
+    return Record(list(function.inputs), keras.tree.flatten(function._outputs_struct), calls)
 
 
 def _nodes_of(function):
     """Return the Keras nodes of a `Function` in execution order."""
     depths = sorted(function._nodes_by_depth, reverse=True)
     return [node for depth in depths for node in function._nodes_by_depth[depth]]
-
-
-def _described(function):
-    """Return what a `Function` does, comparable between two records of the same `call`."""
-
-    def describe(node):
-        op, arguments = node.operation, node.arguments
-        kwargs = {key: value for key, value in arguments.kwargs.items() if key != "training"}
-        leaves = keras.tree.flatten([list(arguments.args), kwargs])
-        constants = [repr(leaf) for leaf in leaves if not isinstance(leaf, keras.KerasTensor)]
-        if isinstance(op, keras.layers.Layer):
-            return id(op), constants
-        settings = {k: v for k, v in vars(op).items() if k != "name" and not k.startswith("_")}
-        return type(op), repr(settings), constants
-
-    return [describe(node) for node in _nodes_of(function) if not node.is_input]
-
-
-def _holds_variable(keras_node):
-    arguments = keras_node.arguments
-    leaves = keras.tree.flatten([list(arguments.args), dict(arguments.kwargs)])
-    return any(isinstance(leaf, keras.Variable) for leaf in leaves)
 
 
 def _called_graph(model):
@@ -314,73 +446,16 @@ def _nodes_restored(model):
 
 
 def _unwrapped(op, args, kwargs):
-    """Return (`keras.Function` of what a wrapper does with its inner layers or None, reason)."""
+    """Return (`Record` of what a wrapper does with its inner layers or None, reason)."""
     given = [leaf for leaf in keras.tree.flatten([args, kwargs]) if isinstance(leaf, Edge)]
     if len(given) != 1:
         return None, "takes more than one tensor: initial states or a mask"
     inputs = keras.Input(batch_shape=given[0].shape, dtype=given[0].dtype)
     outputs, reason = unwrapped(op, inputs)
-    return (None, reason) if reason else (keras.Function(inputs, outputs), "")
+    return (None, reason) if reason else (_recorded(keras.Function(inputs, outputs)), "")
 
 
 def _attention(args, kwargs):
-    """Return the `keras.Function` of an attention's two products."""
-    tensors = []
-
-    def fresh(leaf):
-        if not isinstance(leaf, Edge):
-            return leaf
-        tensors.append(keras.Input(batch_shape=leaf.shape, dtype=leaf.dtype))
-        return tensors[-1]
-
-    args, kwargs = keras.tree.map_structure(fresh, (list(args), kwargs))
-    return keras.Function(tensors, attention(*args, **kwargs))
-
-
-def _split_separable(layer, name):
-    """Return (depthwise, pointwise) layers that compute what a separable convolution computes."""
-    depthwise_class, pointwise_class = SEPARABLE_LAYERS[type(layer)]
-    shared = {"data_format": layer.data_format, "dtype": layer.dtype_policy}
-    depthwise = depthwise_class(
-        layer.kernel_size,
-        strides=layer.strides,
-        padding=layer.padding,
-        dilation_rate=layer.dilation_rate,
-        depth_multiplier=layer.depth_multiplier,
-        use_bias=False,
-        name=f"{name}{SEPARATOR}depthwise",
-        depthwise_regularizer=layer.depthwise_regularizer,
-        depthwise_constraint=layer.depthwise_constraint,
-        trainable=layer.trainable,
-        **shared,
-    )
-    pointwise = pointwise_class(
-        layer.filters,
-        1,
-        padding=layer.padding,
-        use_bias=layer.use_bias,
-        activation=layer.activation,
-        name=f"{name}{SEPARATOR}pointwise",
-        kernel_regularizer=layer.pointwise_regularizer,
-        kernel_constraint=layer.pointwise_constraint,
-        bias_regularizer=layer.bias_regularizer,
-        bias_constraint=layer.bias_constraint,
-        activity_regularizer=layer.activity_regularizer,
-        trainable=layer.trainable,
-        **shared,
-    )
-    channel_axis = -1 if layer.data_format == "channels_last" else 1
-    shape = [None] * (layer.rank + 2)
-    shape[channel_axis] = layer.input_spec.axes[channel_axis]
-    depthwise.build(tuple(shape))
-    shape[channel_axis] *= layer.depth_multiplier
-    pointwise.build(tuple(shape))
-    depthwise.kernel.assign(keras.ops.convert_to_numpy(layer.depthwise_kernel))
-    pointwise.set_weights(
-        [
-            keras.ops.convert_to_numpy(w)
-            for w in (layer.pointwise_kernel, layer.bias)
-            if w is not None
-        ]
-    )
-    return depthwise, pointwise
+    """Return the `Record` of an attention's two products."""
+    inputs, args, kwargs = _symbolic(list(args), kwargs)
+    return _recorded(keras.Function(inputs, attention(*args, **kwargs)))

@@ -9,6 +9,7 @@ import enum
 
 import keras
 
+from keras_compress.graph.traced_layers import BatchSized, Parameter
 from keras_compress.layers import FakeQuantize, layer_spec
 
 # Joins the names of nested layers: a name may hold no "/" in Keras and no "." in torch.
@@ -54,6 +55,7 @@ class Role(enum.Enum):
     # reversal and up-sampling move values as well, but the CPU plugin computes them in float.)
     MOVEMENT = "movement"
     FAKE_QUANTIZE = "fake quantize"  # already rounds to a grid
+    PARAMETER = "parameter"  # gives a variable, whatever its input
     FLOAT = "float"  # anything else: stays as it is
 
 
@@ -70,6 +72,7 @@ OPS = {
         "AveragePooling3D GlobalAveragePooling1D GlobalAveragePooling2D GlobalAveragePooling3D",
     ),
     **_rows(Role.NORMALIZATION, keras.layers, "BatchNormalization"),
+    Parameter: Role.PARAMETER,
     **_rows(Role.ACTIVATION, keras.layers, "ReLU LeakyReLU PReLU ELU Activation"),
     **_rows(
         Role.MOVEMENT,
@@ -106,6 +109,8 @@ def role_of(op):
         return Role.FAKE_QUANTIZE
     if layer_spec(op) is not None:
         return Role.WEIGHTED
+    if isinstance(op, BatchSized):
+        return OPS_BY_NAME.get(op.operation, Role.FLOAT)
     if isinstance(op, keras.layers.Layer):
         return next((OPS[base] for base in type(op).__mro__ if base in OPS), Role.FLOAT)
     return OPS_BY_NAME.get(type(op).__name__, Role.FLOAT)
@@ -143,6 +148,11 @@ class Node:
         return [leaf for leaf in leaves if isinstance(leaf, Edge)]
 
     @property
+    def carried(self):
+        """Input edges whose values go into the result, not their size alone."""
+        return self.inputs[:1] if isinstance(self.op, BatchSized) else self.inputs
+
+    @property
     def role(self):
         return Role.FLOAT if self.reason else role_of(self.op)
 
@@ -152,6 +162,16 @@ class Node:
 
     def __repr__(self):
         return f"<Node {self.name}: {type(self.op).__name__}>"
+
+
+def needed_nodes(nodes, outputs):
+    """Return the nodes that outputs depend on: a layer may be called for one of its results."""
+    wanted, kept = set(outputs), []
+    for node in reversed(nodes):
+        if not wanted.isdisjoint(node.outputs):
+            kept.append(node)
+            wanted.update(node.inputs)
+    return kept[::-1]
 
 
 @dataclasses.dataclass(eq=False)
