@@ -47,7 +47,7 @@ bench: setup
 
 coverage: setup
 	$(BIN)/python -m pip install --quiet -e '.[dev,bench,hub]'
-	$(BIN)/python benchmarks/coverage.py
+	$(BIN)/python benchmarks/sweep.py
 
 docs: setup
 	$(BIN)/python -m pip install --quiet -e '.[dev,docs]'

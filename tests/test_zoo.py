@@ -11,7 +11,7 @@ from backend_helpers import BACKEND
 FOLDER = pathlib.Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(FOLDER))
 
-import coverage  # noqa: E402
+import sweep  # noqa: E402
 import zoo  # noqa: E402
 
 CONVOLUTIONAL = zoo.APPLICATIONS
@@ -26,7 +26,7 @@ def test_architecture(name):
     for module in ("nncf", *(["keras_hub"] if name not in CONVOLUTIONAL else [])):
         if importlib.util.find_spec(module) is None:
             pytest.skip(f"{module} is not installed")
-    row = coverage.measure_in_child(name)
+    row = sweep.measure_in_child(name)
     assert not row.error, row.error
     assert row.trace <= 1e-6
     assert math.isfinite(row.loss)

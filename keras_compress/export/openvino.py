@@ -230,6 +230,7 @@ def name_layers(ov_model, model):
         layer, weight = layers.get(_digest(constant.data), (None, None))
         if layer is not None:
             # A layer that is called twice may have its weight twice.
+            taken.discard(constant.get_friendly_name())
             constant.set_friendly_name(unique_name(f"{layer}/{weight}", taken))
             if op.get_type_name() != "Loop":
                 _name_chain(op, layer, taken)

@@ -1,6 +1,6 @@
 """Every architecture through the whole way: trace, compress, train, save, strip, export, verify.
 
-    python benchmarks/coverage.py [--only ResNet50,MobileNet] [--write docs/coverage.md]
+    python benchmarks/sweep.py [--only ResNet50,MobileNet] [--write docs/coverage.md]
 
 Each architecture of `keras.applications` (random weights, small images) and some backbones of
 keras-hub run in a process of their own; `zoo.py` makes them. Results are kept beside the page, in
@@ -203,7 +203,7 @@ def measure_in_child(name):
 
 def page(rows):
     """Return docs/coverage.md."""
-    head = pathlib.Path(__file__).with_name("coverage_head.md").read_text()
+    head = pathlib.Path(__file__).with_name("sweep_head.md").read_text()
     lines = [
         "| architecture | traced | FLOPs in 8 bits | by NNCF | layers in 8 bits | by NNCF "
         "| activation quantizers | IR − trained | trained, input moved by 1e-6 | seconds "
