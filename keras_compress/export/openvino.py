@@ -225,13 +225,13 @@ def name_layers(ov_model, model):
             digest = _digest(np.asarray(spec.read(layer, weight)))
             layers.setdefault(digest, (layer.name, weight))
     taken = {op.get_friendly_name() for op in ov_model.get_ops()}
+    constants = set()
     for op, port, _ in weighted_operations(ov_model):
         constant = op.input_value(port).get_node()
         layer, weight = layers.get(_digest(constant.data), (None, None))
         if layer is not None:
             # A layer that is called twice may have its weight twice.
-            taken.discard(constant.get_friendly_name())
-            constant.set_friendly_name(unique_name(f"{layer}/{weight}", taken))
+            constant.set_friendly_name(unique_name(f"{layer}/{weight}", constants))
             if op.get_type_name() != "Loop":
                 _name_chain(op, layer, taken)
 
