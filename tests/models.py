@@ -430,9 +430,10 @@ def bidirectional_states():
 
 @collected
 def time_distributed_of_unknown_length():
-    frames = keras.Input((None, 8), name="frames")
+    frames = keras.Input((None, 5, 8), name="frames")
     x = layers.Dense(6, name="before")(frames)
-    x = layers.TimeDistributed(layers.Dense(5), name="wide")(x)
+    x = layers.TimeDistributed(layers.Dense(5, name="dense"), name="dense_steps")(x)
+    x = layers.TimeDistributed(layers.GlobalMaxPooling1D(), name="wide")(x)
     return keras.Model(frames, layers.LSTM(3, name="after")(x), name="unknown_length")
 
 

@@ -76,6 +76,8 @@ SEQUENCES = {
     "scores": scores,
     "up_sampling_rows": layers.UpSampling1D(2),
     "zero_padding_rows": layers.ZeroPadding1D(1),
+    "causal": lambda y: layers.Conv1D(4, 3, padding="causal", dilation_rate=2)(y),
+    "causal_strided": lambda y: layers.Conv1D(4, 2, padding="causal", strides=2)(y),
     "repeat": lambda y: layers.RepeatVector(3)(y[:, 0]),
     "stack": lambda y: ops.stack([y[:, 0], y[:, 1]], axis=1),
 }

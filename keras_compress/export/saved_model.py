@@ -71,6 +71,28 @@ class BatchedDense(CompressedLayer, keras.layers.Dense):
         return self.activation(outputs if self.bias is None else outputs + self.bias)
 
 
+class CausalConv1D(CompressedLayer, keras.layers.Conv1D):
+    """A causal `Conv1D` that pads along two axes, as images are padded.
+
+    OpenVINO's CPU plugin moves quantization steps through such a padding, but not through that of
+    one axis: the convolution would be computed in float, and what follows it wrong.
+    """
+
+    def call(self, inputs):
+        import tensorflow as tf
+
+        before = self.dilation_rate[0] * (self.kernel_size[0] - 1)
+        padded = tf.pad(inputs[:, None], [[0, 0], [0, 0], [before, 0], [0, 0]])
+        outputs = tf.nn.conv2d(
+            padded,
+            self.kernel[None],
+            strides=(1, self.strides[0]),
+            padding="VALID",
+            dilations=(1, self.dilation_rate[0]),
+        )[:, 0]
+        return self.activation(outputs if self.bias is None else outputs + self.bias)
+
+
 def deployable(model):
     """Return a flat Functional model of plain Keras layers, lists of tensors in and out.
 
@@ -86,15 +108,24 @@ def deployable(model):
             return FixedFakeQuantize.from_config(
                 op.get_config() | {"name": node.name, "dtype": "float32"}
             )
+        cls = _deployed_class(node)
         half = getattr(op, "compute_dtype", None) in ("float16", "bfloat16")
-        dense = type(op) is keras.layers.Dense and len(node.inputs[0].shape) > 2
-        if dense or (half and not node.reason):
-            cls = BatchedDense if dense else type(op)
+        if cls is not type(op) or (half and not node.reason):
             return cls.from_config(op.get_config() | {"name": node.name, "dtype": "float32"})
         return None
 
     flat = rebuild(trace(strip(model)), swap=fixed)
     return keras.Model(list(flat.inputs), list(flat.outputs), name=flat.name)
+
+
+def _deployed_class(node):
+    """Return the class that computes in a form that converters and engines do well with."""
+    op = node.op
+    if type(op) is keras.layers.Dense and len(node.inputs[0].shape) > 2:
+        return BatchedDense
+    if type(op) is keras.layers.Conv1D and (op.padding, op.groups) == ("causal", 1):
+        return CausalConv1D
+    return type(op)
 
 
 def signature_names(model):

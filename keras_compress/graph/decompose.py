@@ -19,6 +19,8 @@ def unwrapped(op, inputs):
 
 def _over_time(op, inputs):
     """Give the time steps of a `TimeDistributed` to its inner layer as samples."""
+    if isinstance(op.layer, keras.layers.Dense):
+        return op.layer(inputs), ""
     if None in inputs.shape[1:]:
         return None, f"its input has axes of unknown length: {inputs.shape}"
     steps = op.layer(ops.reshape(inputs, (-1, *inputs.shape[2:])))
