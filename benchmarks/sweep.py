@@ -220,7 +220,9 @@ def page(rows):
             f"| {row.layers[0]}/{row.layers[1]} | {row.nncf_layers[0]}/{row.nncf_layers[1]} "
             f"| {row.quantizers} | {row.ir:.1e} | {row.moved:.1e} | {row.seconds:.1f} | {left} |"
         )
-    return head + "\n".join(lines) + "\n"
+    missing = [name for name in zoo.NAMES if name not in {row.name for row in rows}]
+    note = f"\nNot measured yet: {', '.join(missing)}.\n" if missing else ""
+    return head + "\n".join(lines) + "\n" + note
 
 
 def main(only: str = "", write: pathlib.Path = pathlib.Path("docs/coverage.md")):

@@ -144,8 +144,10 @@ def weight_gradients(layer, x):
     if BACKEND == "jax":
         import jax
 
+        fixed = [v.value for v in layer.non_trainable_variables]  # seeds of recurrent layers
+
         def total(trained):
-            return layer.stateless_call(trained, [], x)[0].sum()
+            return layer.stateless_call(trained, fixed, x)[0].sum()
 
         return [numpy(g) for g in jax.grad(total)([v.value for v in layer.trainable_variables])]
     if BACKEND == "torch":
