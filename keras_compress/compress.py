@@ -146,8 +146,9 @@ def compress_model(model, config, data=None, verbose=True):
 def strip(model, like=None):
     """Return a plain Keras model: weights baked in, quantizers of activations frozen.
 
-    Only `keras.*` layers and `FakeQuantize` remain, and the output equals the compressed model's
-    at inference bit for bit.
+    Only `keras.*` layers and `FakeQuantize` remain, the user's layers that were kept whole, and
+    `Parameter` and `BatchSized` layers of those that were taken apart. The output equals the
+    compressed model's at inference bit for bit.
 
     With `like`, the result is a copy of that model instead, of its own classes and nesting, which
     holds the same rounded weights and batch-norm statistics. Activation quantizers have no place

@@ -236,6 +236,77 @@ def einsum_products():
 
 
 @collected
+def over_time():
+    frames = keras.Input((4, 8, 8, 3), name="frames")
+    encoder = keras.Sequential(
+        [
+            keras.Input((8, 8, 3)),
+            layers.Conv2D(4, 3, name="conv"),
+            layers.BatchNormalization(name="norm"),
+            layers.ReLU(name="relu"),
+            layers.GlobalAveragePooling2D(name="pool"),
+        ],
+        name="encoder",
+    )
+    x = layers.TimeDistributed(encoder, name="per_frame")(frames)
+    x = layers.TimeDistributed(layers.Dense(5, activation="relu", name="dense"), name="wide")(x)
+    x = layers.Bidirectional(layers.LSTM(3, return_sequences=True), name="both")(x)
+    x = layers.GRU(4, return_sequences=True, go_backwards=True, name="gru")(x)
+    x = layers.SimpleRNN(4, name="simple")(x)
+    return keras.Model(frames, layers.Dense(2, name="head")(x), name="video")
+
+
+@collected
+def both_directions():
+    inputs = keras.Input((5, 6), name="rows")
+    outputs = []
+    for mode in ("concat", "sum", "ave", "mul", None):
+        name = str(mode)
+        gru = layers.GRU(3, return_sequences=mode in ("sum", None), name=f"{name}_gru")
+        outputs += keras.tree.flatten(layers.Bidirectional(gru, merge_mode=mode, name=name)(inputs))
+    return keras.Model(inputs, outputs, name="both_directions")
+
+
+@collected
+def bidirectional_states():
+    inputs = keras.Input((5, 6), name="rows")
+    x = layers.Dense(4, name="before")(inputs)
+    x = layers.Bidirectional(layers.LSTM(3, return_state=True), name="stateful")(x)
+    x = layers.Concatenate(name="states")(x)
+    return keras.Model(inputs, layers.Dense(2, name="after")(x), name="bidirectional_states")
+
+
+@collected
+def time_distributed_of_unknown_length():
+    frames = keras.Input((None, 5, 8), name="frames")
+    x = layers.Dense(6, name="before")(frames)
+    x = layers.TimeDistributed(layers.Dense(5, name="dense"), name="dense_steps")(x)
+    x = layers.TimeDistributed(layers.GlobalMaxPooling1D(), name="wide")(x)
+    return keras.Model(frames, layers.LSTM(3, name="after")(x), name="unknown_length")
+
+
+@collected
+def other_ranks():
+    inputs = keras.Input((12, 2), name="signal")
+    x = layers.Conv1D(4, 3, padding="causal", dilation_rate=2, name="conv1d")(inputs)
+    x = layers.DepthwiseConv1D(3, padding="same", name="depthwise1d")(x)
+    x = layers.Conv1DTranspose(4, 3, strides=2, padding="same", name="up1d")(x)
+    x = layers.Reshape((4, 3, 2, 4), name="cube")(x)
+    x = layers.Conv3D(3, 2, name="conv3d")(x)
+    x = layers.Conv3DTranspose(2, 2, name="up3d")(x)
+    return keras.Model(inputs, x, name="ranks")
+
+
+@collected
+def transposed_and_grouped():
+    inputs = keras.Input((6, 6, 4), name="image")
+    x = layers.Conv2D(4, 3, groups=2, name="grouped")(inputs)
+    x = layers.Conv2DTranspose(3, 3, strides=2, padding="same", name="up")(x)
+    x = layers.UpSampling2D(2, interpolation="bilinear", name="resize")(x)
+    return keras.Model(inputs, layers.LeakyReLU(name="leaky")(x), name="up_and_groups")
+
+
+@collected
 def convolutional_recurrent():
     inputs = keras.Input((3, 6, 6, 2), name="frames")
     x = layers.ConvLSTM2D(3, 3, name="convlstm")(inputs)

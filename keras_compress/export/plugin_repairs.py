@@ -1,5 +1,7 @@
 """Rewrites of an IR that the CPU plugin would compute wrong, or unlike the trained model."""
 
+import functools
+
 import numpy as np
 
 # Operation -> axes of its weight that keep a step per index (output channels, groups).
@@ -32,11 +34,8 @@ def give_biases(ov_model):
         channel = len(shape) - 1 if op.get_type_name() == "MatMul" else 1
         sizes = [1] * len(shape)
         sizes[channel] = shape[channel].get_length()
-        readers = op.output(0).get_target_inputs()
-        biased = opset15.add(op, opset15.constant(np.full(sizes, NEXT_TO_NOTHING)))
-        biased.set_friendly_name(f"{op.get_friendly_name()}/bias")
-        for reader in readers:
-            reader.replace_source_output(biased.output(0))
+        bias = opset15.constant(np.full(sizes, NEXT_TO_NOTHING))
+        _put_behind(op, "bias", lambda op, bias=bias: opset15.add(op, bias))
         given += 1
     return given
 
@@ -78,13 +77,26 @@ def keep_rounding(ov_model):
         if op.get_type_name() != "FakeQuantize" or not _is_added(op) or not _is_convolved(op):
             continue
         ones, zeros = ([value] * (len(op.get_output_partial_shape(0)) - 2) for value in (1, 0))
-        readers = op.output(0).get_target_inputs()
-        pooled = opset15.max_pool(op, ones, ones, zeros, zeros, ones)
-        pooled.set_friendly_name(f"{op.get_friendly_name()}/rounded")
-        for reader in readers:
-            reader.replace_source_output(pooled.output(0))
+        pool = functools.partial(
+            opset15.max_pool,
+            strides=ones,
+            dilations=ones,
+            pads_begin=zeros,
+            pads_end=zeros,
+            kernel_shape=ones,
+        )
+        _put_behind(op, "rounded", pool)
         kept += 1
     return kept
+
+
+def _put_behind(op, name, make):
+    """Let everything that reads an operation read `make(op)` instead, named after it."""
+    readers = op.output(0).get_target_inputs()
+    follower = make(op)
+    follower.set_friendly_name(f"{op.get_friendly_name()}/{name}")
+    for reader in readers:
+        reader.replace_source_output(follower.output(0))
 
 
 def _is_added(op):
