@@ -7,6 +7,7 @@ os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
 import awkward_models  # noqa: F401  (adds its models to the collection)
 import keras
+import masked_models  # noqa: F401
 import pytest
 
 

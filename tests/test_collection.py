@@ -26,8 +26,15 @@ FLOAT_LAYERS |= {name: layer for name, (layer, _) in models.OPAQUE.items()}
 
 # Layers that hold products of their own and stay whole, by model.
 WHOLE = {name: (layer,) for name, (layer, _) in models.OPAQUE.items()}
-WHOLE |= {"masked_sequence": ("attention",), "convolutional_recurrent": ("convlstm",)}
+WHOLE |= {"convolutional_recurrent": ("convlstm",)}
+# With a mask, the loop of a GRU is converted step by step, and each step's product shows.
+WHOLE |= {"masked_wrappers": ("sum-forward_gru",), "two_masks": ("gru",)}
 WHOLE |= {"functional_subclass": ("patched",), "subclassed_training_branch": ("branching",)}
+
+TOLERANCES = {
+    "mixed_policy": 5e-2,  # trained in half precision, deployed in float32
+    "masked_block_of_unknown_length": 6e-3,  # one value is 3e-5 of a step from a tie: one step
+}
 
 # OpenVINO converts the loop of `TimeDistributed` wrong, in the float model too.
 CONVERTED_WRONG = ("time_distributed_of_unknown_length",)
@@ -81,8 +88,7 @@ def test_train_and_export(name, tmp_path):
     if name in CONVERTED_WRONG:
         assert kc.export(model, tmp_path / "float.xml", data=inputs).relative > 2e-3
         return
-    # A model trained in half precision is deployed in float32.
-    assert report.relative <= (5e-2 if name == "mixed_policy" else 2e-3)
+    assert report.relative <= TOLERANCES.get(name, 2e-3)
     products = [layer for layer in report.layers if layer.flops]
     whole = [
         entry for entry in compressed.plan["untouched"] if entry["layer"] in WHOLE.get(name, ())

@@ -4,6 +4,7 @@ import json
 
 import awkward_models
 import keras
+import masked_models
 import models
 import numpy as np
 import pytest
@@ -34,6 +35,7 @@ def top_level_names(model):
     inner = [layer for layer in model.layers if not isinstance(layer, layers.InputLayer)]
     composite = (keras.Model, layers.MultiHeadAttention, layers.GroupQueryAttention)
     composite += (layers.SeparableConv1D, awkward_models.Stack)
+    composite += (masked_models.EncoderBlock, masked_models.ZeroWhereMasked)
     composite += (layers.SeparableConv2D, models.ConvBlock, models.ScaledDense)
     composite += (layers.TimeDistributed, layers.Bidirectional)
     return [layer.name for layer in inner if not isinstance(layer, composite)]
@@ -97,16 +99,6 @@ def test_what_cannot_be_traced_stays_whole_with_its_reason(name):
     assert word in nodes[layer].reason
     assert nodes[layer].role is Role.FLOAT
     assert {"before", "after"} <= set(nodes)
-
-
-def test_a_layer_that_reads_an_implicit_mask_stays_whole():
-    tokens = keras.Input((5,), dtype="int32")
-    x = layers.Embedding(9, 6, mask_zero=True)(tokens)
-    model = keras.Model(tokens, layers.MultiHeadAttention(2, 3, name="attention")(x, x))
-    node = trace(model).layer_nodes()["attention"]
-    assert "mask" in node.reason
-    inputs = np.array([[1, 2, 0, 0, 0], [3, 4, 5, 0, 0]])
-    assert_same(run(rebuild(trace(model)), inputs), run(model, inputs))
 
 
 def test_subclassed_model_with_a_training_branch_stays_whole():

@@ -235,6 +235,8 @@ def _why_float(options, node, readers):
     role = node.role
     if role in (Role.MOVEMENT, Role.FAKE_QUANTIZE, Role.PARAMETER):
         return ""
+    if not any(edge.is_float for edge in node.outputs):
+        return ""  # masks and indices
     if role in (Role.NORMALIZATION, Role.ACTIVATION) and folded_into(node) is not None:
         return ""
     if role is Role.FLOAT:

@@ -1,6 +1,7 @@
 """The forward pass as TensorFlow runs it: what every exported format is made from."""
 
 import json
+import math
 
 import keras
 import numpy as np
@@ -93,6 +94,41 @@ class CausalConv1D(CompressedLayer, keras.layers.Conv1D):
         return self.activation(outputs if self.bias is None else outputs + self.bias)
 
 
+class MatrixEinsumDense(CompressedLayer, keras.layers.EinsumDense):
+    """An `EinsumDense` that sums over the last axes of its input, as one matrix product.
+
+    TensorFlow writes the sum out in operations on the sizes of the axes. Where one of them is not
+    known before the model runs, OpenVINO's CPU plugin would compute the product in float.
+    """
+
+    def call(self, inputs, training=None):
+        import tensorflow as tf
+
+        summed, kept = _summed_and_kept(self.equation)
+        sizes = self.kernel.shape[:summed], self.kernel.shape[summed:]
+        kernel = tf.reshape(self.kernel, [math.prod(size) for size in sizes])
+        leading = [-1 if n is None else n for n in inputs.shape[1 : len(inputs.shape) - summed]]
+        shape = [tf.shape(inputs)[0], *leading]
+        if summed > 1:
+            inputs = tf.reshape(inputs, [*shape, kernel.shape[0]])
+        outputs = tf.matmul(inputs, kernel)
+        if kept > 1:
+            outputs = tf.reshape(outputs, [*shape, *sizes[1]])
+        if self.bias is not None:
+            outputs = outputs + self.bias
+        return outputs if self.activation is None else self.activation(outputs)
+
+
+def _summed_and_kept(equation):
+    """Return how many axes an `EinsumDense` sums over and adds, the last ones, or None."""
+    given, _, output = equation.replace(" ", "").partition("->")
+    given, kernel = given.split(",")
+    summed = len([label for label in kernel if label in given])
+    batch = given[: len(given) - summed]
+    ordered = (given, output) == (batch + kernel[:summed], batch + kernel[summed:])
+    return (summed, len(kernel) - summed) if ordered and "." not in equation else None
+
+
 def deployable(model):
     """Return a flat Functional model of plain Keras layers, lists of tensors in and out.
 
@@ -125,6 +161,9 @@ def _deployed_class(node):
         return BatchedDense
     if type(op) is keras.layers.Conv1D and (op.padding, op.groups) == ("causal", 1):
         return CausalConv1D
+    if type(op) is keras.layers.EinsumDense and _summed_and_kept(op.equation):
+        is_known = node.inputs[0].shape[1:].count(None) <= 1
+        return MatrixEinsumDense if is_known else type(op)
     return type(op)
 
 

@@ -1,33 +1,40 @@
 """What composite operations do, in primitives: each function records it on symbolic tensors."""
 
+import inspect
+
 import keras
 from keras import ops
+
+from keras_compress.graph.traced_layers import CausalMask
 
 LARGE_NEGATIVE = -0.7 * 3.4028235e38  # what Keras gives masked scores: 0.7 of float32's lowest
 
 
-def unwrapped(op, inputs):
+def unwrapped(op, inputs, is_masked=False):
     """Return (outputs of a wrapper's inner layers or None, reason for keeping it whole).
 
     Args:
         op: a layer of one of the classes `WRAPPERS`.
         inputs: symbolic tensor.
+        is_masked: whether it carries an implicit mask.
     """
     wrapper = next(cls for cls in WRAPPERS if isinstance(op, cls))
-    return WRAPPERS[wrapper](op, inputs)
+    return WRAPPERS[wrapper](op, inputs, is_masked)
 
 
-def _over_time(op, inputs):
+def _over_time(op, inputs, is_masked):
     """Give the time steps of a `TimeDistributed` to its inner layer as samples."""
     if isinstance(op.layer, keras.layers.Dense):
         return op.layer(inputs), ""
+    if is_masked and _reads_masks(op.layer):
+        return None, "gives each time step its part of an implicit mask"
     if None in inputs.shape[1:]:
         return None, f"its input has axes of unknown length: {inputs.shape}"
     steps = op.layer(ops.reshape(inputs, (-1, *inputs.shape[2:])))
     return ops.reshape(steps, (-1, inputs.shape[1], *steps.shape[1:])), ""
 
 
-def _both_ways(op, inputs):
+def _both_ways(op, inputs, is_masked):
     """Call the two layers of a `Bidirectional` and merge as it does."""
     if op.return_state:
         return None, "returns its states"
@@ -47,18 +54,25 @@ def _both_ways(op, inputs):
 WRAPPERS = {keras.layers.TimeDistributed: _over_time, keras.layers.Bidirectional: _both_ways}
 
 
+def _reads_masks(layer):
+    """Whether the `call` of a layer takes masks."""
+    return any(name.endswith("mask") for name in inspect.signature(layer.call).parameters)
+
+
 def is_attention(op):
     """Whether an operation is `keras.ops.dot_product_attention` in a form that `attention` has."""
-    plain = not getattr(op, "is_causal", True) and op.attn_logits_soft_cap is None
-    return type(op).__name__ == "DotProductAttention" and plain
+    return type(op).__name__ == "DotProductAttention" and op.attn_logits_soft_cap is None
 
 
-def attention(query, key, value, bias=None, mask=None, scale=None):
+def attention(query, key, value, bias=None, mask=None, scale=None, is_causal=False):
     """Return what `keras.ops.dot_product_attention` computes, as two matrix products.
 
     Shapes: query `(batch, queries, heads, size)`, key and value `(batch, keys, heads, size)`,
     bias and mask broadcast with `(batch, heads, queries, keys)`.
     """
+    if is_causal:
+        causal = CausalMask(name="causal_mask")(query, key)[:, None]
+        mask = causal if mask is None else ops.logical_and(mask, causal)
     groups = query.shape[2] // key.shape[2]
     if groups > 1:
         key, value = (ops.repeat(x, groups, axis=2) for x in (key, value))

@@ -61,7 +61,7 @@ def quantized_edges(graph, wanted, outputs=False):
     """
     wants = _wants(graph, wanted)
     if outputs:
-        wants |= {(None, edge) for edge in graph.outputs if _is_float_tensor(edge)}
+        wants |= {(None, edge) for edge in graph.outputs if edge.is_float}
     targets = {edge for _, edge in wants}
     moved = _move_up(graph, wants, targets)
     groups = _unify(graph, targets, moved)
@@ -79,7 +79,7 @@ def _wants(graph, wanted):
         for node in graph.nodes
         if _wants_integer(node, wanted)
         for edge in node.inputs
-        if _is_float_tensor(edge) and edge is not _accumulated(node, wanted, graph.outputs)
+        if edge.is_float and edge is not _accumulated(node, wanted, graph.outputs)
     }
 
 
@@ -179,10 +179,6 @@ def _is_linear(op):
     return activation is None or activation is keras.activations.linear
 
 
-def _is_float_tensor(edge):
-    return edge.dtype.startswith(("float", "bfloat"))
-
-
 def _move_up(graph, wants, targets):
     """Rule 3, in place on `wants` and `targets`; returns the data-moving nodes passed through."""
     outputs = set(graph.outputs)
@@ -190,7 +186,7 @@ def _move_up(graph, wants, targets):
     for node in reversed(graph.nodes):
         if node.role is not Role.MOVEMENT or not any(e in targets for e in node.outputs):
             continue
-        sources = [edge for edge in node.carried if _is_float_tensor(edge)]
+        sources = [edge for edge in node.carried if edge.is_float]
         readers_agree = all(
             edge in targets
             and edge not in outputs
@@ -220,7 +216,7 @@ def _unify(graph, targets, moved):
 
     for node in moved:
         # Values are on one grid before and after: through every edge, rounded itself or not.
-        first, *others = filter(_is_float_tensor, [*node.carried, *node.outputs])
+        first, *others = (e for e in [*node.carried, *node.outputs] if e.is_float)
         for edge in others:
             leader[find(edge)] = find(first)
     groups = {}

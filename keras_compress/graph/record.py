@@ -11,7 +11,7 @@ import inspect
 
 import keras
 
-from keras_compress.graph.traced_layers import BatchSized
+from keras_compress.graph.traced_layers import BatchSized, CausalMask
 
 SIZES = (2, 3)  # of the batches of the two records
 # Operation -> its attribute that may hold the size of the batch; both are named as in `keras.ops`.
@@ -40,6 +40,8 @@ class Record:
         calls: tuples (operation, args, kwargs, list of the tensors it gives), in order.
         variables: pairs (variable, tensor that stands for it) of the recorded layer's own.
         paths: {id of an inner layer: path to it}, for those inside of layers that were opened.
+        masks: per output, the tensor of its implicit mask or None; None: those of the inner calls.
+        unmasked: indices of the inputs that lose their implicit mask in the call.
     """
 
     inputs: list
@@ -47,6 +49,8 @@ class Record:
     calls: list
     variables: list = dataclasses.field(default_factory=list)
     paths: dict = dataclasses.field(default_factory=dict)
+    masks: list | None = None
+    unmasked: list = dataclasses.field(default_factory=list)
 
     def needs_batch_size(self):
         """Whether an operation was given None for the size of the batch."""
@@ -103,12 +107,14 @@ def with_unknown_batch(first, second):
         calls,
         [(variable, tensor(t, t)) for variable, t in first.variables],
         first.paths,
+        [merged(a, b, None) for a, b in zip(first.masks, second.masks, strict=True)],
+        first.unmasked,
     )
 
 
 def _merged_operation(op, other):
     """Return the operation of both records, a `BatchSized` layer where it knows the batch."""
-    if op is other:
+    if op is other or (isinstance(op, CausalMask) and isinstance(other, CausalMask)):
         return op
     if type(op) is not type(other) or isinstance(op, keras.layers.Layer):
         raise Untraceable("does other things for batches of other sizes")
@@ -154,6 +160,8 @@ def described(record):
         kwargs = {key: value for key, value in kwargs.items() if key != "training"}
         leaves = keras.tree.flatten([list(args), kwargs])
         constants = [repr(leaf) for leaf in leaves if not isinstance(leaf, keras.KerasTensor)]
+        if isinstance(op, CausalMask):  # made in the call
+            return CausalMask, constants
         if isinstance(op, keras.layers.Layer):
             return id(op), constants
         settings = {k: v for k, v in vars(op).items() if k != "name" and not k.startswith("_")}

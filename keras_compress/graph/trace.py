@@ -8,47 +8,39 @@ What cannot be seen through is kept whole, and its node says why.
 import contextlib
 import inspect
 import re
-import types
+import warnings
 
 import keras
 
 from keras_compress.graph.decompose import (
     SEPARABLE_LAYERS,
     WRAPPERS,
-    attention,
     is_attention,
     split_separable,
-    unwrapped,
 )
-from keras_compress.graph.record import (
-    SIZES,
-    Record,
-    Untraceable,
-    definite_sizes,
-    described,
-    opening,
-    unique_names,
-    with_unknown_batch,
+from keras_compress.graph.symbolic import (
+    ATTENTION_LAYERS,
+    call_attention,
+    call_symbolically,
+    call_unwrapped,
+    edges_in,
+    mask_is_implicit,
+    masks_after,
+    recorded,
 )
-from keras_compress.graph.traced_layers import Parameter
+from keras_compress.graph.traced_layers import CausalMask, Parameter, ReadMask, SetMask
 from keras_compress.graph.walk import (
     SEPARATOR,
     Edge,
     Graph,
     Node,
+    all_layers,
     copy_operation,
     needed_nodes,
     unique_name,
 )
 from keras_compress.graph.weight_map import WeightMap
 from keras_compress.layers import clone_layer, layer_spec
-
-COMPOSITE_LAYERS = tuple(
-    getattr(keras.layers, name)
-    for name in ("MultiHeadAttention", "GroupQueryAttention")
-    if hasattr(keras.layers, name)
-)
-MASKED = "reads an implicit mask, which tracing would lose"
 
 
 def trace(model):
@@ -62,7 +54,9 @@ def trace(model):
         ValueError: the model has not been built.
     """
     require_built(model)
-    with _nodes_restored(model):
+    with _nodes_restored(model), warnings.catch_warnings():
+        # Keras said it when the user's model was made: some layer of theirs drops a mask.
+        warnings.filterwarnings("ignore", ".*does not support masking", UserWarning)
         function = _own_graph(model) or _called_graph(model)
         return _Tracer(model).graph(model.name, function)
 
@@ -99,11 +93,10 @@ class _Tracer:
         self.clones = {}  # id(original op) -> (copy of a bare operation | replacement layers)
         self.originals = {}  # id(variable made here) -> the user's variable it is a copy of
         self.kept = []  # keeps ids valid while tracing
-        layers = model._flatten_layers(include_self=False, recursive=True)
-        self.masked = any(
-            isinstance(layer, keras.layers.Masking) or getattr(layer, "mask_zero", False)
-            for layer in layers
-        )
+        self.masks = {}  # edge -> edge of its implicit mask, where that is read
+        self.unmasked = {}  # edge -> itself without its implicit mask, where that is read
+        self.current = {}  # edge -> what is read in its place since it lost its mask
+        self.masked = any(map(_makes_masks, all_layers(model)))
 
     def graph(self, name, function):
         edges = {}
@@ -113,8 +106,10 @@ class _Tracer:
             self.edge_names.add(tensor.name)
         inputs = keras.tree.map_structure(lambda t: edges[id(t)], function._inputs_struct)
         self.anchor = edges[id(function.inputs[0])]
-        self.walk(_recorded(function), edges, path="")
-        outputs = keras.tree.map_structure(lambda t: edges[id(t)], function._outputs_struct)
+        self.walk(recorded(function), edges, path="")
+        outputs = keras.tree.map_structure(
+            lambda t: self.now(edges[id(t)]), function._outputs_struct
+        )
         nodes = needed_nodes(self.nodes, keras.tree.flatten(outputs))
         for node in nodes:
             for edge in node.inputs:
@@ -132,9 +127,12 @@ class _Tracer:
                 continue
 
             def to_edge(leaf):
-                return edges[id(leaf)] if isinstance(leaf, keras.KerasTensor) else leaf
+                return self.now(edges[id(leaf)]) if isinstance(leaf, keras.KerasTensor) else leaf
 
+            added = self.masked and mask_is_implicit(args, kwargs)
             args, kwargs = keras.tree.map_structure(to_edge, (list(args), dict(kwargs)))
+            if added and all(e.mask for e in edges_in(args, {})):  # Keras will add it again
+                kwargs.pop("mask", None)
             inner_path = path + record.paths.get(id(op), "")
             outputs = self.call(op, args, kwargs, tensors, inner_path)
             edges.update(zip(map(id, tensors), outputs, strict=True))
@@ -143,31 +141,86 @@ class _Tracer:
         """Trace one call and return the edges of its outputs."""
         if type(op) in SEPARABLE_LAYERS:
             return [self.separable(op, args[0], path)]
+        if isinstance(op, keras.Model) and "mask" in kwargs:
+            args, kwargs = self.masked_arguments(args, kwargs, path)
         inner, reason = self.look_inside(op, args, kwargs)
         if inner is None:
             return self.leaf(op, args, kwargs, outputs, path, reason)
-        leaves = keras.tree.flatten([args, kwargs])
-        given = [leaf for leaf in leaves if isinstance(leaf, Edge)]
-        edges = {id(t): edge for t, edge in zip(inner.inputs, given, strict=True)}
+        given = edges_in(args, kwargs)
+        is_recorded_call = inner.masks is not None
+        masks = [self.mask(e, path) for e in given if is_recorded_call and e.mask is not None]
+        read = given
+        if isinstance(op, ATTENTION_LAYERS):  # from here on, masks are tensors
+            read = [self.set_mask(edge, None, path) for edge in given]
+        edges = {id(t): edge for t, edge in zip(inner.inputs, [*read, *masks], strict=True)}
         inner_path = "" if op is self.model else self.name(op, path) + SEPARATOR
         for variable, tensor in inner.variables:
             edges[id(tensor)] = self.parameter(variable, inner_path)
         self.walk(inner, edges, inner_path)
-        return [
-            edges[id(t)] if isinstance(t, keras.KerasTensor) else self.parameter(t, inner_path)
+        results = [
+            self.now(edges[id(t)])
+            if isinstance(t, keras.KerasTensor)
+            else self.parameter(t, inner_path)
             for t in inner.outputs
         ]
+        for index in inner.unmasked:
+            self.current[given[index]] = self.set_mask(given[index], None, path)
+        if not is_recorded_call:
+            return results
+        masks = [mask if mask is None else edges[id(mask)] for mask in inner.masks]
+        return [self.set_mask(*pair, inner_path) for pair in zip(results, masks, strict=True)]
 
     def leaf(self, op, args, kwargs, outputs, path, reason=""):
         name = self.name(op, path)
+        masks, lost = [None] * len(outputs), []
+        if self.masked and isinstance(op, keras.layers.Layer):
+            masks, lost = masks_after(op, args, kwargs)
         if not isinstance(op, keras.layers.Layer):
             op = self.bare_operation(op, name)
         node = Node(name, op, tuple(args), kwargs, reason=reason)
-        for tensor in outputs:
+        for tensor, mask in zip(outputs, masks, strict=True):
             edge_name = unique_name(name, self.edge_names, f"{SEPARATOR}output")
-            node.outputs.append(Edge(tuple(tensor.shape), tensor.dtype, edge_name, node))
+            edge = Edge(tuple(tensor.shape), tensor.dtype, edge_name, node, mask=mask)
+            node.outputs.append(edge)
+        for edge in lost:
+            edge.mask = None
         self.nodes.append(node)
         return node.outputs
+
+    def now(self, edge):
+        """Return the edge that is read in place of another: itself, or itself without its mask."""
+        return self.current.get(edge, edge)
+
+    def mask(self, edge, path):
+        """Return the edge of the implicit mask of another."""
+        if edge not in self.masks:
+            layer = ReadMask(name="read_mask", dtype=edge.dtype)
+            spec = keras.KerasTensor(edge.mask, dtype="bool")
+            (self.masks[edge],) = self.leaf(layer, [edge], {}, [spec], path)
+        return self.masks[edge]
+
+    def set_mask(self, edge, mask, path):
+        """Return an edge with the implicit mask that another holds, or with none."""
+        if (edge.mask is None) == (mask is None):
+            return edge
+        if mask is None and edge in self.unmasked:
+            return self.unmasked[edge]
+        layer = SetMask(drop=mask is None, name="set_mask", dtype=edge.dtype)
+        kwargs = {} if mask is None else {"mask": mask}
+        spec = keras.KerasTensor(edge.shape, dtype=edge.dtype)
+        (result,) = self.leaf(layer, [edge], kwargs, [spec], path)
+        if mask is None:
+            self.unmasked[edge] = result
+        return result
+
+    def masked_arguments(self, args, kwargs, path):
+        """Return the arguments of a call without `mask`, which the tensors carry instead."""
+        kwargs = dict(kwargs)
+        masks = keras.tree.flatten(kwargs.pop("mask"))
+        edges = keras.tree.flatten(args)
+        pairs = zip(edges, masks, strict=True)
+        edges = [self.set_mask(edge, mask, path) for edge, mask in pairs]
+        return keras.tree.pack_sequence_as(args, edges), kwargs
 
     def bare_operation(self, op, name):
         """Copy a stateless `keras.ops` operation so that the user's own graph is left alone."""
@@ -208,7 +261,7 @@ class _Tracer:
     def name(self, op, path):
         """Return the unique qualified name of an operation: `outer-inner`."""
         if id(op) not in self.names:
-            bare = not isinstance(op, keras.layers.Layer)
+            bare = not isinstance(op, keras.layers.Layer) or isinstance(op, CausalMask)
             base = path + (re.sub(r"_\d+$", "", op.name) if bare and path else op.name)
             self.names[id(op)] = unique_name(base, self.taken, "_")
             self.kept.append(op)
@@ -219,26 +272,23 @@ class _Tracer:
         if not _is_composite(op):
             return None, ""
         own = _own_graph(op)
-        reads_mask = self.masked and "mask" in "".join(inspect.signature(op.call).parameters)
-        if own is not None and (reads_mask or _has_shapes(own.inputs, args, kwargs)):
-            return _recorded(own), ""
+        if own is not None and _have_shapes(own.inputs, edges_in(args, kwargs)):
+            return recorded(own), ""
         if is_attention(op):
-            return _attention(args, kwargs), ""
-        if reads_mask:
-            return None, MASKED
+            return call_attention(op, args, kwargs), ""
         if isinstance(op, tuple(WRAPPERS)):
-            return _unwrapped(op, args, kwargs)
+            return call_unwrapped(op, args, kwargs)
         if op._seed_generators:
             return None, "has random state of its own beside its inner layers"
-        record, reason = _call_symbolically(op, args, kwargs)
+        record, reason = call_symbolically(op, args, kwargs)
         opened = {} if record is not None or self.masked else _openable(op)
         if opened:
-            record, reason = _call_symbolically(op, args, kwargs, opened)
+            record, reason = call_symbolically(op, args, kwargs, opened)
         return record, reason
 
 
 def _is_composite(op):
-    if isinstance(op, (keras.Model, *WRAPPERS, *COMPOSITE_LAYERS)) or is_attention(op):
+    if isinstance(op, (keras.Model, *WRAPPERS, *ATTENTION_LAYERS)) or is_attention(op):
         return True
     if not isinstance(op, keras.layers.Layer) or layer_spec(op) is not None:
         return False
@@ -264,10 +314,18 @@ def _own_graph(op):
     return op if isinstance(op, keras.Function) else None
 
 
-def _has_shapes(tensors, args, kwargs):
-    """Whether the edges among arguments have the shapes that a graph was made for."""
-    edges = [leaf for leaf in keras.tree.flatten([args, kwargs]) if isinstance(leaf, Edge)]
+def _have_shapes(tensors, edges):
+    """Whether edges have the shapes that a graph was made for."""
     return [tuple(t.shape[1:]) for t in tensors] == [tuple(edge.shape[1:]) for edge in edges]
+
+
+def _makes_masks(layer):
+    """Whether a layer may give its results an implicit mask that its inputs do not have."""
+    is_own = type(layer).__module__.partition(".")[0] not in ("keras", "keras_compress")
+    makes_own = is_own and type(layer).compute_mask is not keras.layers.Layer.compute_mask
+    return (
+        isinstance(layer, keras.layers.Masking) or getattr(layer, "mask_zero", False) or makes_own
+    )
 
 
 def _openable(op, path=""):
@@ -282,124 +340,6 @@ def _openable(op, path=""):
             inner = f"{path}{layer.name}{SEPARATOR}"
             found |= {id(layer): (layer, inner)} | _openable(layer, inner)
     return found
-
-
-def _call_symbolically(op, args, kwargs, opened=types.MappingProxyType({})):
-    """Return (`Record` of `op.call`, ""), or (None, reason); training may change no node."""
-    unknown = any(map(_batch_is_unknown, keras.tree.flatten([args, kwargs])))
-    try:
-        try:
-            record = _in_both_modes(op, args, kwargs, None, opened)
-        except Exception:  # whatever a user's `call` may raise on a batch of unknown size
-            if not unknown:
-                raise
-            record = None
-        if unknown and (record is None or record.needs_batch_size()):
-            records = [_in_both_modes(op, args, kwargs, size, opened) for size in SIZES]
-            record = with_unknown_batch(*records)
-    except Untraceable as error:
-        return None, str(error)
-    except Exception as error:  # whatever it may raise on symbolic tensors
-        line = str(error).strip().splitlines() or [""]
-        return None, f"cannot be traced ({type(error).__name__}: {line[0][:120]})"
-    if record.holds_variable():
-        return None, "uses variables outside of a layer"
-    return record, ""
-
-
-def _batch_is_unknown(leaf):
-    return isinstance(leaf, Edge) and leaf.shape[:1] == (None,)
-
-
-def _in_both_modes(op, args, kwargs, batch, opened):
-    """Return the `Record` of `op.call`, unless it does other things in training."""
-
-    def record(**training):
-        return _record(op, args, kwargs | training, batch, opened)
-
-    parameters = inspect.signature(op.call).parameters
-    if "training" not in parameters:
-        return record()
-    if described(record(training=True)) != described(record(training=False)):
-        raise Untraceable("runs other operations in training than in inference")
-    if "training" in inspect.signature(op.call).bind(*args, **kwargs).arguments:
-        return record()
-    # A default of False is no decision: inner layers are to follow the outer model.
-    return record(training=parameters["training"].default is True or None)
-
-
-def _symbolic(args, kwargs, batch=None):
-    """Return (list of symbolic tensors, args, kwargs) with those in place of edges."""
-
-    def fresh(leaf):
-        if not isinstance(leaf, Edge):
-            return leaf
-        shape = (batch, *leaf.shape[1:]) if _batch_is_unknown(leaf) else leaf.shape
-        return keras.Input(batch_shape=shape, dtype=leaf.dtype)
-
-    args, kwargs = keras.tree.map_structure(fresh, (args, kwargs))
-    leaves = keras.tree.flatten([args, {**kwargs}])
-    return [leaf for leaf in leaves if isinstance(leaf, keras.KerasTensor)], args, kwargs
-
-
-def _record(op, args, kwargs, batch, opened):
-    """Call `op.call` once, on fresh symbolic tensors in place of edges and of its own variables."""
-    inputs, args, kwargs = _symbolic(args, kwargs, batch)
-    layers = [layer for layer, _ in opened.values()]
-    inner = op._flatten_layers(include_self=False, recursive=True)
-    with contextlib.ExitStack() as stack:
-        variables = [
-            pair
-            for layer in [op, *layers]
-            for pair in stack.enter_context(_symbolic_variables(layer))
-        ]
-        for layer in layers:
-            stack.enter_context(opening(layer))
-        stack.enter_context(unique_names(inner))
-        stack.enter_context(definite_sizes(inner))
-        outputs = keras.tree.flatten(op.call(*args, **kwargs))
-        made = [leaf for leaf in outputs if isinstance(leaf, keras.KerasTensor)]
-        calls = _recorded(keras.Function([*inputs, *(t for _, t in variables)], made)).calls
-    paths = {
-        id(x): path
-        for layer, path in opened.values()
-        for x in layer._flatten_layers(include_self=False, recursive=False)
-    }
-    return Record(inputs, outputs, calls, variables, paths)
-
-
-@contextlib.contextmanager
-def _symbolic_variables(op):
-    """Let a layer read symbolic tensors in place of its own variables; gives the pairs of both."""
-    own = {id(v): v for v in op._trainable_variables + op._non_trainable_variables}
-    held = {name: value for name, value in vars(op).items() if id(value) in own}
-    missing = own.keys() - {id(value) for value in held.values()}
-    if missing:
-        raise Untraceable("has weights of its own that are no attributes")
-    pairs = {
-        id(v): (v, keras.Input(batch_shape=v.shape, dtype=op.compute_dtype)) for v in held.values()
-    }
-    vars(op).update({name: pairs[id(value)][1] for name, value in held.items()})
-    try:
-        yield list(pairs.values())
-    finally:
-        vars(op).update(held)
-
-
-def _recorded(function):
-    """Return a Keras `Function` as a `Record`."""
-    calls = [
-        (node.operation, node.arguments.args, node.arguments.kwargs, node.outputs)
-        for node in _nodes_of(function)
-        if not node.is_input
-    ]
-    return Record(list(function.inputs), keras.tree.flatten(function._outputs_struct), calls)
-
-
-def _nodes_of(function):
-    """Return the Keras nodes of a `Function` in execution order."""
-    depths = sorted(function._nodes_by_depth, reverse=True)
-    return [node for depth in depths for node in function._nodes_by_depth[depth]]
 
 
 def _called_graph(model):
@@ -443,19 +383,3 @@ def _nodes_restored(model):
         for layer, inbound, outbound in counts:
             del layer._inbound_nodes[inbound:]
             del layer._outbound_nodes[outbound:]
-
-
-def _unwrapped(op, args, kwargs):
-    """Return (`Record` of what a wrapper does with its inner layers or None, reason)."""
-    given = [leaf for leaf in keras.tree.flatten([args, kwargs]) if isinstance(leaf, Edge)]
-    if len(given) != 1:
-        return None, "takes more than one tensor: initial states or a mask"
-    inputs = keras.Input(batch_shape=given[0].shape, dtype=given[0].dtype)
-    outputs, reason = unwrapped(op, inputs)
-    return (None, reason) if reason else (_recorded(keras.Function(inputs, outputs)), "")
-
-
-def _attention(args, kwargs):
-    """Return the `Record` of an attention's two products."""
-    inputs, args, kwargs = _symbolic(list(args), kwargs)
-    return _recorded(keras.Function(inputs, attention(*args, **kwargs)))

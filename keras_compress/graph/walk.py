@@ -9,7 +9,7 @@ import enum
 
 import keras
 
-from keras_compress.graph.traced_layers import BatchSized, Parameter
+from keras_compress.graph.traced_layers import BatchSized, Parameter, SetMask
 from keras_compress.layers import FakeQuantize, layer_spec
 
 # Joins the names of nested layers: a name may hold no "/" in Keras and no "." in torch.
@@ -73,6 +73,7 @@ OPS = {
     ),
     **_rows(Role.NORMALIZATION, keras.layers, "BatchNormalization"),
     Parameter: Role.PARAMETER,
+    SetMask: Role.MOVEMENT,
     **_rows(Role.ACTIVATION, keras.layers, "ReLU LeakyReLU PReLU ELU Activation"),
     **_rows(
         Role.MOVEMENT,
@@ -118,13 +119,22 @@ def role_of(op):
 
 @dataclasses.dataclass(eq=False, repr=False)
 class Edge:
-    """A tensor of the graph: `shape` with the batch axis first, its producer, its consumers."""
+    """A tensor of the graph: `shape` with the batch axis first, its producer, its consumers.
+
+    `mask` is the shape of the implicit mask that Keras carries beside it, or None.
+    """
 
     shape: tuple
     dtype: str
     name: str
     producer: "Node | None" = None
     consumers: list = dataclasses.field(default_factory=list)
+    mask: tuple | None = None
+
+    @property
+    def is_float(self):
+        """Whether it holds floating-point numbers, of any precision."""
+        return self.dtype.startswith(("float", "bfloat"))
 
     def __repr__(self):
         return f"<Edge {self.name} {self.shape}>"
@@ -149,8 +159,8 @@ class Node:
 
     @property
     def carried(self):
-        """Input edges whose values go into the result, not their size alone."""
-        return self.inputs[:1] if isinstance(self.op, BatchSized) else self.inputs
+        """Input edges whose values go into the result, not their size or mask alone."""
+        return self.inputs[:1] if isinstance(self.op, (BatchSized, SetMask)) else self.inputs
 
     @property
     def role(self):
