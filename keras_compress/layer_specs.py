@@ -5,6 +5,7 @@ A row says which attributes hold weights and which of their axes are output chan
 
 import dataclasses
 import types
+from collections.abc import Callable
 
 import keras
 
@@ -17,12 +18,15 @@ class LayerSpec:
         weights: {weight attribute: output-channel axes, counted from the end}, or a function of
             the layer that returns the axes where they depend on its configuration.
         integer: whether it computes in integers when weights and inputs are quantized.
+        integer_call: function `(layer, keyword arguments of a call) -> bool`: whether a call
+            computes in integers although others do not.
         reason: why it does not, where the plan is to say so.
         holder: attribute of the layer that holds the weights, "" for the layer itself.
     """
 
     weights: types.MappingProxyType
     integer: bool = True
+    integer_call: Callable | None = None
     reason: str = ""
     holder: str = ""
 
@@ -31,12 +35,18 @@ class LayerSpec:
         axes = self.weights[weight]
         return axes(layer) if callable(axes) else axes
 
+    def computes_in_integers(self, layer, arguments):
+        """Whether a call with keyword arguments does when weights and inputs are quantized."""
+        return self.integer or bool(self.integer_call and self.integer_call(layer, arguments))
+
     def read(self, layer, weight):
         """Return a weight as the layer computes with it."""
         return getattr(getattr(layer, self.holder) if self.holder else layer, weight)
 
 
 LOOP = "its weights are stored as integers; OpenVINO computes the loop over time steps in float"
+
+UNTIED = "it multiplies by weights of its own, not by the embeddings: they stay float"
 
 
 def _row(**weights):
@@ -50,6 +60,16 @@ def _recurrent_row():
 
 def _lookup_row():
     return LayerSpec(types.MappingProxyType({"embeddings": (-1,)}), integer=False)
+
+
+def _reversible_row():
+    """The vectors are the rows of the product's weights: one scale each."""
+    weights = types.MappingProxyType({"embeddings": (-2,)})
+    return LayerSpec(weights, integer=False, integer_call=_is_tied_product, reason=UNTIED)
+
+
+def _is_tied_product(layer, arguments):
+    return layer.tie_weights and arguments.get("reverse", False)
 
 
 def _einsum_output_axes(layer):
@@ -73,7 +93,7 @@ LAYERS = {
     keras.layers.Dense: _row(kernel=(-1,)),
     keras.layers.EinsumDense: _row(kernel=_einsum_output_axes),
     keras.layers.Embedding: _lookup_row(),
-    keras.layers.ReversibleEmbedding: _lookup_row(),
+    keras.layers.ReversibleEmbedding: _reversible_row(),
     keras.layers.SimpleRNN: _recurrent_row(),
     keras.layers.GRU: _recurrent_row(),
     keras.layers.LSTM: _recurrent_row(),

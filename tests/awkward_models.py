@@ -137,6 +137,32 @@ def masked_sequence():
     return keras.Model(inputs, layers.Dense(2, name="head")(x), name="masked")
 
 
+def _language_model(tied, name):
+    tokens = keras.Input((6,), dtype="int32", name="tokens")
+    embedding = layers.ReversibleEmbedding(9, 8, tie_weights=tied, name="embedding")
+    x = layers.Dense(8, activation="gelu", name="mlp")(embedding(tokens))
+    x = layers.LayerNormalization(name="norm")(x)
+    return keras.Model(tokens, embedding(x, reverse=True), name=name)
+
+
+@collected
+def looked_up_numbers():
+    numbers = keras.Input((3,), dtype="int64", name="numbers")
+    lookup = layers.IntegerLookup(vocabulary=[3, 1, 4], output_mode="one_hot", name="lookup")
+    x = layers.Dense(4, activation="relu", name="dense")(lookup(numbers))
+    return keras.Model(numbers, layers.Dense(2, name="head")(x), name="numbers")
+
+
+@collected
+def tied_embedding():
+    return _language_model(True, "tied")
+
+
+@collected
+def untied_embedding():
+    return _language_model(False, "untied")
+
+
 def channels_first():
     """Not collected: TensorFlow has no such convolutions on the CPU."""
     inputs = keras.Input((3, 8, 8), name="image")

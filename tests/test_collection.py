@@ -26,9 +26,10 @@ FLOAT_LAYERS |= {name: layer for name, (layer, _) in models.OPAQUE.items()}
 
 # Layers that hold products of their own and stay whole, by model.
 WHOLE = {name: (layer,) for name, (layer, _) in models.OPAQUE.items()}
-WHOLE |= {"convolutional_recurrent": ("convlstm",)}
+WHOLE |= {"convolutional_recurrent": ("convlstm",), "untied_embedding": ("embedding",)}
 # With a mask, the loop of a GRU is converted step by step, and each step's product shows.
 WHOLE |= {"masked_wrappers": ("sum-forward_gru",), "two_masks": ("gru",)}
+WHOLE |= {"looked_up_numbers": ("dense",)}  # whole numbers are no 8-bit input
 WHOLE |= {"functional_subclass": ("patched",), "subclassed_training_branch": ("branching",)}
 
 TOLERANCES = {

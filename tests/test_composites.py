@@ -1,6 +1,7 @@
 """Composite layers that do more than call their inner layers are traced all the same."""
 
 import keras
+import models
 import numpy as np
 import pytest
 from backend_helpers import numpy
@@ -192,6 +193,19 @@ def test_a_subclass_that_adds_no_method_is_its_base():
     assert type(embedding).__name__ == "FakeQuantReversibleEmbedding"
     assert len(np.unique(embedding.effective_weight("embeddings")[:, 0])) > 1
     assert type(kc.strip(compressed).get_layer("tokens")) is layers.ReversibleEmbedding
+
+
+def test_a_tied_embedding_multiplies_in_integers():
+    tied, untied = (
+        kc.plan(models.make(f"{name}_embedding"), CONFIG) for name in ("tied", "untied")
+    )
+    assert "embedding" in {reader for entry in tied.edges for reader in entry.readers}
+    assert "embedding" not in {entry.layer for entry in tied.untouched}
+    assert "7-bit" in tied.weights[0].description and "7-bit" not in untied.weights[0].description
+    (entry,) = (entry for entry in untied.untouched if entry.layer == "embedding")
+    products = 6 * 2 * 8 * (8 + 9)  # of the dense layer and of the output
+    assert "weights of its own" in entry.reason and entry.flops == 6 * 2 * 8 * 9
+    assert entry.share == pytest.approx(entry.flops / products, rel=0.1)
 
 
 def test_what_prepares_the_input_of_a_softmax_stays_float():

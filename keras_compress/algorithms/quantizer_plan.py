@@ -26,10 +26,13 @@ def quantization_plan(options, graph, config, with_data):
         with_data: whether calibration data is at hand.
     """
     first_layers = _first_layers(graph)
+    products = {node.name for node in graph.nodes if node.is_integer_product}
     groups = _edge_groups(options, graph)
     common = _common_arguments(options, config)
     weights = tuple(
-        _weight_entry(options, config, node, weight, node.name in first_layers, common)
+        _weight_entry(
+            options, config, node, weight, node.name in products, node.name in first_layers, common
+        )
         for node in graph.layer_nodes().values()
         if node.role is Role.WEIGHTED and options.selects_weight(node.name)
         for weight in layer_spec(node.op).weights
@@ -69,11 +72,11 @@ def _common_arguments(options, config):
     }
 
 
-def _weight_entry(options, config, node, weight, is_first, common):
+def _weight_entry(options, config, node, weight, is_product, is_first, common):
     spec = options.weight_spec(node.name)
     half_range = (
         spec.mode == "symmetric"
-        and layer_spec(node.op).integer
+        and is_product
         and options.overflow_fix_applies(config.target_device, spec.bits, is_first)
     )
     axis = layer_spec(node.op).channel_axes(node.op, weight) if spec.per_channel else None
@@ -247,8 +250,8 @@ def _why_float(options, node, readers):
         return "excluded by the scopes of `weights`"
     if role is not Role.WEIGHTED:
         return ""
-    if not layer_spec(node.op).integer:
-        return layer_spec(node.op).reason
+    if not node.is_integer_product:
+        return layer_spec(node.op).reason if flops(node) else ""
     rounded = any(
         (node, edge) in readers or _is_rounded_before(edge, readers) for edge in node.inputs
     )

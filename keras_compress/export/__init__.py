@@ -42,7 +42,8 @@ def export(model, path, *, verify=True, data=None):
         A `VerifyReport`, or None where `verify` is False.
 
     Raises:
-        ValueError: unknown suffix; a model that is unbuilt or whose ranges are not set.
+        ValueError: unknown suffix; inputs of strings in IR or ONNX; a model that is unbuilt or
+            whose ranges are not set.
         OSError: the output cannot be written.
 
     Example:
@@ -52,6 +53,7 @@ def export(model, path, *, verify=True, data=None):
     True
     """
     target = checked_target(path)
+    _check_inputs(model, target)
     input_names, output_names = signature_names(model)
     arguments = input_names, output_names, _metadata(model)
     suffixes = (".bin", ".xml") if target.suffix == ".xml" else ()
@@ -59,6 +61,18 @@ def export(model, path, *, verify=True, data=None):
     with replacing(target, *suffixes) as temporary:
         (write if on_tensorflow else export_in_child)(model, temporary, *arguments)
     return _verified(model, target, data) if verify else None
+
+
+def _check_inputs(model, target):
+    """Raise where the format of the target has no form of a model's inputs."""
+    texts = [tensor for tensor in getattr(model, "inputs", ()) if tensor.dtype == "string"]
+    if texts and target.suffix:
+        raise ValueError(
+            f"Expected inputs of numbers: {target.suffix} files have no layers that read text. "
+            f"Received: model '{model.name}', whose input '{texts[0].name}' is of strings. Export "
+            "the part behind its text layers, `keras.Model(text_layer.output, model.output)`, or "
+            "a SavedModel (a path without suffix)."
+        )
 
 
 def _metadata(model):

@@ -9,7 +9,7 @@ import numpy as np
 from keras_compress.compress import strip
 from keras_compress.graph.rebuild import rebuild
 from keras_compress.graph.trace import trace
-from keras_compress.graph.walk import unique_name
+from keras_compress.graph.walk import all_layers, unique_name
 from keras_compress.layers import CompressedLayer, FakeQuantize
 
 CODES = 256  # levels of the integer type that inference engines compute with
@@ -68,7 +68,7 @@ class BatchedDense(CompressedLayer, keras.layers.Dense):
     def call(self, inputs, training=None):
         import tensorflow as tf
 
-        outputs = tf.matmul(inputs, self.kernel)
+        outputs = tf.matmul(tf.cast(inputs, self.kernel.dtype), self.kernel)
         return self.activation(outputs if self.bias is None else outputs + self.bias)
 
 
@@ -111,7 +111,7 @@ class MatrixEinsumDense(CompressedLayer, keras.layers.EinsumDense):
         shape = [tf.shape(inputs)[0], *leading]
         if summed > 1:
             inputs = tf.reshape(inputs, [*shape, kernel.shape[0]])
-        outputs = tf.matmul(inputs, kernel)
+        outputs = tf.matmul(tf.cast(inputs, kernel.dtype), kernel)
         if kept > 1:
             outputs = tf.reshape(outputs, [*shape, *sizes[1]])
         if self.bias is not None:
@@ -227,6 +227,12 @@ def write_saved_model(model, path, input_names, output_names, metadata):
 
     holder = tf.Module()
     holder.model_variables = [variable.value for variable in model.variables]
+    holder.tables = [
+        value
+        for layer in all_layers(model)
+        for value in vars(layer).values()
+        if isinstance(value, (tf.lookup.StaticHashTable, tf.lookup.experimental.MutableHashTable))
+    ]
     holder.serve = serving_function(model, input_names, output_names)
     tf.saved_model.save(holder, str(path), signatures=holder.serve)
     extra = path / "assets.extra"

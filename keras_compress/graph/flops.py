@@ -15,8 +15,8 @@ def flops(node):
 
     Formula: convolution `2 * prod(kernel) * in/groups * out * prod(output positions)`; dense
     `2 * in * out * prod(leading positions)`; recurrent `2 * (in + units) * gates * units * steps`;
-    element-wise and normalization one per output value.
-    Unknown sizes (`None`) count as 1.
+    element-wise and normalization one per output value. A layer kept whole is taken to use every
+    matrix of its weights once per output position. Unknown sizes (`None`) count as 1.
     """
     if node.role in (Role.MOVEMENT, Role.FAKE_QUANTIZE, Role.PARAMETER):
         return 0
@@ -26,7 +26,8 @@ def flops(node):
     if type(node.op).__name__ in MATRIX_PRODUCTS and node.inputs:
         return 2 * outputs * (node.inputs[0].shape[-1] or 1)
     weights = sum(math.prod(w.shape) for w in getattr(node.op, "weights", ()) if len(w.shape) > 1)
-    return max(outputs, 2 * weights)
+    positions = max(_size(edge.shape[:-1]) for edge in node.outputs)
+    return max(outputs, 2 * weights * positions)
 
 
 def total_flops(graph):
@@ -36,7 +37,7 @@ def total_flops(graph):
 
 def _weighted_flops(node):
     layer = node.op
-    if isinstance(layer, keras.layers.Embedding):
+    if isinstance(layer, keras.layers.Embedding) and not node.kwargs.get("reverse"):
         return 0
     # A transposed convolution uses every weight once per *input* position, the others per output.
     transposed = type(layer).__name__.endswith("Transpose")

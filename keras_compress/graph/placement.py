@@ -18,7 +18,6 @@ import dataclasses
 import keras
 
 from keras_compress.graph.walk import Role
-from keras_compress.layers import layer_spec
 
 # Element-wise functions that an integer runtime evaluates in float when nothing is before them
 # to fuse with; a plain ReLU is a clip and costs nothing either way.
@@ -86,7 +85,7 @@ def _wants(graph, wanted):
 def _wants_integer(node, wanted):
     role = node.role
     if role is Role.WEIGHTED:
-        return layer_spec(node.op).integer and wanted(node)
+        return node.is_integer_product and wanted(node)
     if role is Role.ARITHMETIC:
         return wanted(node) and not _has_constant_operand(node) and not _makes_scores(node)
     if role is Role.NORMALIZATION:

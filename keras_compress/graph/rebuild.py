@@ -4,6 +4,7 @@ Everything that changes a model's structure goes through here: `compress_model`,
 """
 
 import functools
+import tempfile
 
 import keras
 
@@ -80,7 +81,18 @@ def copy_weights(old, new):
         targets, values = new.weights, old.get_weights()
     for target, value in zip(targets, values, strict=True):
         target.assign(value)
+    _copy_assets(old, new)
     finalize_state(new)
+
+
+def _copy_assets(old, new):
+    """Give layers, and every layer in them, what they save beside weights: adapted vocabularies."""
+    pairs = zip([old, *all_layers(old)], [new, *all_layers(new)], strict=False)
+    for before, after in pairs:
+        if hasattr(before, "save_assets") and hasattr(after, "load_assets"):
+            with tempfile.TemporaryDirectory() as folder:
+                before.save_assets(folder)
+                after.load_assets(folder)
 
 
 def finalize_state(layer):

@@ -167,6 +167,12 @@ class Node:
         return Role.FLOAT if self.reason else role_of(self.op)
 
     @property
+    def is_integer_product(self):
+        """Whether it multiplies by weights, in integers when its inputs are integers."""
+        spec = layer_spec(self.op)
+        return spec is not None and spec.computes_in_integers(self.op, self.kwargs)
+
+    @property
     def output(self):
         return self.outputs[0]
 
