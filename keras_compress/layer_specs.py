@@ -20,6 +20,7 @@ class LayerSpec:
         integer: whether it computes in integers when weights and inputs are quantized.
         integer_call: function `(layer, keyword arguments of a call) -> bool`: whether a call
             computes in integers although others do not.
+        integer_axes: the `weights` of a layer that such a call is made of.
         reason: why it does not, where the plan is to say so.
         holder: attribute of the layer that holds the weights, "" for the layer itself.
     """
@@ -27,12 +28,17 @@ class LayerSpec:
     weights: types.MappingProxyType
     integer: bool = True
     integer_call: Callable | None = None
+    integer_axes: types.MappingProxyType = dataclasses.field(
+        default_factory=lambda: types.MappingProxyType({})
+    )
     reason: str = ""
     holder: str = ""
 
-    def channel_axes(self, layer, weight):
+    def channel_axes(self, layer, weight, is_integer_product=False):
         """Return the output-channel axes of `weight` as a tuple of negative ints."""
         axes = self.weights[weight]
+        if is_integer_product:
+            axes = self.integer_axes.get(weight, axes)
         return axes(layer) if callable(axes) else axes
 
     def computes_in_integers(self, layer, arguments):
@@ -63,9 +69,13 @@ def _lookup_row():
 
 
 def _reversible_row():
-    """The vectors are the rows of the product's weights: one scale each."""
-    weights = types.MappingProxyType({"embeddings": (-2,)})
-    return LayerSpec(weights, integer=False, integer_call=_is_tied_product, reason=UNTIED)
+    """Looked up, every number of a vector has a scale; multiplied by, every vector has one."""
+    return dataclasses.replace(
+        _lookup_row(),
+        integer_call=_is_tied_product,
+        integer_axes=types.MappingProxyType({"embeddings": (-2,)}),
+        reason=UNTIED,
+    )
 
 
 def _is_tied_product(layer, arguments):

@@ -232,7 +232,9 @@ def _found_integers(op):
     rows = []
     for name in spec.weights if spec is not None else ():
         values = keras.ops.convert_to_numpy(keras.ops.convert_to_tensor(spec.read(op, name)))
-        found = integer_weight(values, spec.channel_axes(op, name))
+        axes = (spec.channel_axes(op, name, is_product) for is_product in (False, True))
+        grids = (integer_weight(values, each) for each in dict.fromkeys(axes))
+        found = next((grid for grid in grids if grid is not None), None)
         if found is not None:
             rows.append((int(found.storage[1:]), values.size, _found_bytes(values.size, found)))
     return rows

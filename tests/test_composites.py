@@ -201,6 +201,8 @@ def test_a_tied_embedding_multiplies_in_integers():
     )
     assert "embedding" in {reader for entry in tied.edges for reader in entry.readers}
     assert "embedding" not in {entry.layer for entry in tied.untouched}
+    scales = {plan: plan.weights[0].transforms[0]().axis for plan in (tied, untied)}
+    assert (scales[tied], scales[untied]) == ((-2,), (-1,))
     assert "7-bit" in tied.weights[0].description and "7-bit" not in untied.weights[0].description
     (entry,) = (entry for entry in untied.untouched if entry.layer == "embedding")
     products = 6 * 2 * 8 * (8 + 9)  # of the dense layer and of the output

@@ -38,6 +38,15 @@ def scores(x):
     return ops.matmul(ops.softmax(masked), dense(x))
 
 
+def positions(x):
+    """Scores with a bias per position and a mask of large numbers, as in T5."""
+    bias = ops.convert_to_tensor(np.random.default_rng(1).normal(size=(1, 6, 6)).astype("float32"))
+    mask = ops.cast(ops.transpose(x[..., :1], (0, 2, 1)) > 0, "float32")
+    products = ops.matmul(dense(x), ops.transpose(dense(x), (0, 2, 1)))
+    products = products + (ops.add(bias, (mask - 1.0) * 1e9))
+    return ops.matmul(ops.softmax(products), dense(x))
+
+
 # name -> (input shape, what happens to the output of a first layer before the second)
 IMAGES = {
     "flip": lambda y: ops.flip(y, axis=1),
@@ -74,6 +83,7 @@ SEQUENCES = {
     "einsum": lambda y: ops.einsum("bij,bkj->bik", dense(y), dense(y)),
     "dot": lambda y: layers.Dot(axes=(2, 2))([dense(y), dense(y)]),
     "scores": scores,
+    "positions": positions,
     "up_sampling_rows": layers.UpSampling1D(2),
     "zero_padding_rows": layers.ZeroPadding1D(1),
     "causal": lambda y: layers.Conv1D(4, 3, padding="causal", dilation_rate=2)(y),

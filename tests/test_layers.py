@@ -56,7 +56,7 @@ SCALE_SHAPES = {
     layers.Dense: (1, 4),
     layers.EinsumDense: (1, 2, 3),
     layers.Embedding: (1, 4),
-    layers.ReversibleEmbedding: (7, 1),
+    layers.ReversibleEmbedding: (1, 4),
     layers.SimpleRNN: (1, 3),
     layers.GRU: (1, 9),
     layers.LSTM: (1, 12),

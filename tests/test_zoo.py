@@ -35,6 +35,6 @@ def test_architecture(name):
     if not any("cannot be traced" in reason for reason in row.untouched):
         assert row.layers[0] >= row.nncf_layers[0]
         assert row.share >= (0.99 if name in CONVOLUTIONAL else 0.95)
-    # With random weights single roundings grow from layer to layer, as a change of the inputs by a
-    # millionth does; indices of tokens cannot be changed by so little.
-    assert row.ir <= max(2e-3, 3 * row.moved if row.moved else 3e-2)
+    # With random weights single roundings grow from layer to layer, as a change by a millionth does
+    # unless it meets no tie: the transformers are shallow.
+    assert row.ir <= max(2e-3 if name in CONVOLUTIONAL else 3e-2, 3 * row.moved)

@@ -79,7 +79,8 @@ def _weight_entry(options, config, node, weight, is_product, is_first, common):
         and is_product
         and options.overflow_fix_applies(config.target_device, spec.bits, is_first)
     )
-    axis = layer_spec(node.op).channel_axes(node.op, weight) if spec.per_channel else None
+    axes = layer_spec(node.op).channel_axes(node.op, weight, is_product)
+    axis = axes if spec.per_channel else None
     narrow = {"half_range": True} if half_range else {"narrow_range": True}
     kind = SymmetricQuantizer
     if spec.mode == "asymmetric":

@@ -19,6 +19,7 @@ from keras_compress.export.plugin_repairs import (
     ARITHMETIC,
     CONVOLUTIONS,
     give_biases,
+    keep_masks,
     keep_rounding,
 )
 from keras_compress.export.saved_model import write_saved_model
@@ -48,6 +49,7 @@ def write_ir(model, path, input_names, output_names, metadata):
     name_layers(ov_model, model)
     use_integer_weights(ov_model)
     keep_rounding(ov_model)
+    keep_masks(ov_model)
     give_biases(ov_model)
     for key, value in metadata.items():
         text = value if isinstance(value, str) else json.dumps(value)

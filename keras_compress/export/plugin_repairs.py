@@ -14,6 +14,9 @@ CONVOLUTIONS = {
 ARITHMETIC = ("Add", "Multiply", "Subtract")
 # Operations that the plugin runs as part of the convolution before them.
 ACTIVATIONS = ("Relu", "Clamp", "Minimum", "Maximum", "PRelu", "Swish", "HSwish", "Elu", "Sigmoid")
+SUMS = ("Add", "Subtract")
+LARGE = 1e4  # what masks multiply by, at least
+HIGHEST = np.finfo("float32").max
 NEXT_TO_NOTHING = np.float32(1e-30)
 
 
@@ -90,6 +93,37 @@ def keep_rounding(ov_model):
     return kept
 
 
+def keep_masks(ov_model):
+    """Keep what is added to a mask of large numbers, in place; return how many masks there are.
+
+    In `(mask - 1) * 1e9 + bias` the CPU plugin joins the constants: `mask * 1e9 + (bias - 1e9)`, in
+    which float32 has no room for the bias (the positions of T5's attention). It does not join
+    them through a minimum, here with the largest number.
+    """
+    from openvino import opset15
+
+    kept = 0
+    for op in ov_model.get_ordered_ops():
+        factor, shifted = _constant_operand(op, ("Multiply",))
+        if factor is None or np.abs(factor).max() < LARGE:
+            continue
+        if _constant_operand(shifted, SUMS)[0] is not None and _has_reader(op, SUMS):
+            _put_behind(op, "mask", lambda op: opset15.minimum(op, HIGHEST))
+            kept += 1
+    return kept
+
+
+def _constant_operand(op, kinds):
+    """Return (values of the constant operand, the other operand), or (None, None)."""
+    if op.get_type_name() not in kinds:
+        return None, None
+    sources = [value.get_node() for value in op.input_values()]
+    for constant, other in (sources, sources[::-1]):
+        if constant.get_type_name() == "Constant" and constant.data.size:
+            return constant.data, other
+    return None, None
+
+
 def _put_behind(op, name, make):
     """Let everything that reads an operation read `make(op)` instead, named after it."""
     readers = op.output(0).get_target_inputs()
@@ -99,9 +133,14 @@ def _put_behind(op, name, make):
         reader.replace_source_output(follower.output(0))
 
 
+def _has_reader(op, kinds):
+    readers = op.output(0).get_target_inputs()
+    return any(reader.get_node().get_type_name() in kinds for reader in readers)
+
+
 def _is_added(op):
     readers = list(op.output(0).get_target_inputs())
-    return len(readers) == 1 and readers[0].get_node().get_type_name() in ("Add", "Subtract")
+    return len(readers) == 1 and readers[0].get_node().get_type_name() in SUMS
 
 
 def _is_convolved(op):
