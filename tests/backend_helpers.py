@@ -1,10 +1,22 @@
 """What the tests need of the running Keras backend and Keras itself does not offer."""
 
+import importlib
+import pathlib
+import sys
+
 import keras
 import numpy as np
 import pytest
 
 BACKEND = keras.backend.backend()
+BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
+
+
+def benchmark_module(name):
+    """Return a module of the folder `benchmarks`, which is no package."""
+    if str(BENCHMARKS) not in sys.path:
+        sys.path.append(str(BENCHMARKS))
+    return importlib.import_module(name)
 
 
 one_step_per_execution = pytest.mark.skipif(

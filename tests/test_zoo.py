@@ -2,18 +2,11 @@
 
 import importlib.util
 import math
-import pathlib
-import sys
 
 import pytest
-from backend_helpers import BACKEND
+from backend_helpers import BACKEND, benchmark_module
 
-FOLDER = pathlib.Path(__file__).parents[1] / "benchmarks"
-sys.path.insert(0, str(FOLDER))
-
-import sweep  # noqa: E402
-import zoo  # noqa: E402
-
+sweep, zoo = benchmark_module("sweep"), benchmark_module("zoo")
 CONVOLUTIONAL = zoo.APPLICATIONS
 
 
