@@ -10,7 +10,7 @@ from rich.progress import track
 from keras_compress.algorithms import Algorithm
 from keras_compress.config import Config
 from keras_compress.data import input_batches
-from keras_compress.graph.rebuild import rebuild
+from keras_compress.graph.rebuild import deep_graphs, rebuild
 from keras_compress.graph.trace import require_built, trace
 from keras_compress.graph.walk import all_layers
 from keras_compress.graph.weight_map import WeightMap, restore
@@ -43,7 +43,8 @@ class CompressedModel(keras.Model):
     """
 
     def __init__(self, *args, compression=None, **kwargs):
-        super().__init__(*args, **kwargs)
+        with deep_graphs():
+            super().__init__(*args, **kwargs)
         self._compression = keras.tree.map_structure(lambda leaf: leaf, dict(compression or {}))
 
     @property

@@ -347,3 +347,19 @@ def test_hand_made_layers_accept_other_transforms():
     )
     layer(np.zeros((1, 4, 4, 1), "float32"))
     assert len(np.unique(layer.effective_weight("kernel"))) <= 4
+
+
+def test_a_deep_model_compresses_saves_and_loads(tmp_path):
+    inputs = keras.Input((4,))
+    x = inputs
+    for _ in range(260):  # with quantizers between, deeper than Python's stack
+        x = keras.layers.Dense(4, activation="gelu")(x)
+    model = keras.Model(inputs, x)
+    data = np.random.default_rng(0).normal(size=(4, 4)).astype("float32")
+    limit = sys.getrecursionlimit()
+    compressed = kc.compress_model(model, CONFIG, data=data, verbose=False)
+    compressed.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(numpy(loaded(data)), numpy(compressed(data)))
+    kc.export(compressed, tmp_path / "saved", verify=False)
+    assert sys.getrecursionlimit() == limit

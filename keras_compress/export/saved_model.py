@@ -7,7 +7,7 @@ import keras
 import numpy as np
 
 from keras_compress.compress import strip
-from keras_compress.graph.rebuild import rebuild
+from keras_compress.graph.rebuild import deep_graphs, rebuild
 from keras_compress.graph.trace import trace
 from keras_compress.graph.walk import all_layers, unique_name
 from keras_compress.layers import CompressedLayer, FakeQuantize
@@ -151,7 +151,8 @@ def deployable(model):
         return None
 
     flat = rebuild(trace(strip(model)), swap=fixed)
-    return keras.Model(list(flat.inputs), list(flat.outputs), name=flat.name)
+    with deep_graphs():
+        return keras.Model(list(flat.inputs), list(flat.outputs), name=flat.name)
 
 
 def _deployed_class(node):

@@ -3,13 +3,17 @@
 Everything that changes a model's structure goes through here: `compress_model`, `strip`, export.
 """
 
+import contextlib
 import functools
+import sys
 import tempfile
 
 import keras
 
 from keras_compress.graph.walk import Edge, all_layers, copy_operation
 from keras_compress.layers import CompressedLayer, clone_layer
+
+RECURSION_LIMIT = 20_000
 
 
 def rebuild(graph, swap=None, quantize=(), model_class=keras.Model, **model_kwargs):
@@ -57,7 +61,19 @@ def rebuild(graph, swap=None, quantize=(), model_class=keras.Model, **model_kwar
 
     inputs = keras.tree.map_structure(lambda edge: tensors[edge], graph.input_structure)
     outputs = keras.tree.map_structure(functools.partial(read, None), graph.output_structure)
-    return model_class(inputs, outputs, name=graph.name, **model_kwargs)
+    with deep_graphs():
+        return model_class(inputs, outputs, name=graph.name, **model_kwargs)
+
+
+@contextlib.contextmanager
+def deep_graphs():
+    """Let Keras walk through deep models: it takes a few calls of Python's stack per layer."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(max(before, RECURSION_LIMIT))
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(before)
 
 
 def _clone(op, name):
