@@ -148,7 +148,8 @@ def test_seven_bit_weights_do_not_overflow_without_vnni(tmp_path):
 def run_without_vnni(folder):
     code = (
         "import numpy, openvino, sys; folder = sys.argv[1]\n"
-        "compiled = openvino.Core().compile_model(folder + '/model.xml', 'CPU')\n"
+        "exact = {'INFERENCE_PRECISION_HINT': 'f32'}\n"
+        "compiled = openvino.Core().compile_model(folder + '/model.xml', 'CPU', exact)\n"
         "numpy.save(folder + '/out.npy', compiled(numpy.load(folder + '/data.npy'))[0])"
     )
     environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
