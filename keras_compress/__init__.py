@@ -1,14 +1,16 @@
 """Training-time model compression for Keras 3, deployed to OpenVINO IR."""
 
 from keras_compress import callbacks, layers, quantizers
-from keras_compress.algorithms import Algorithm, Quantization
-from keras_compress.compress import CompressedModel, compress_model, plan, strip
+from keras_compress.algorithms import Algorithm, FilterPruning, Quantization
+from keras_compress.compress import compress_model, plan
+from keras_compress.compressed_model import CompressedModel, strip
 from keras_compress.config import Config
 from keras_compress.export import VerifyReport, export, verify
 from keras_compress.layers import register_layer
 from keras_compress.options import ConfigError, KeyStatus
 from keras_compress.plan import Plan
 from keras_compress.report import Report, report
+from keras_compress.shrink import shrink
 
 __version__ = "0.1.0"
 
@@ -17,6 +19,7 @@ __all__ = [
     "CompressedModel",
     "Config",
     "ConfigError",
+    "FilterPruning",
     "KeyStatus",
     "Plan",
     "Quantization",
@@ -30,6 +33,7 @@ __all__ = [
     "quantizers",
     "register_layer",
     "report",
+    "shrink",
     "strip",
     "verify",
 ]

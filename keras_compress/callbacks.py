@@ -5,7 +5,8 @@ import pathlib
 
 import keras
 
-from keras_compress.compress import quantizers_of
+from keras_compress.compressed_model import quantizers_of
+from keras_compress.shrink import shrink_in_place
 
 
 def _algorithms(model):
@@ -21,15 +22,25 @@ def _algorithms(model):
 class Compress(keras.callbacks.Callback):
     """Moves every algorithm of a compressed model along with the optimizer's step.
 
-    It reads its configuration from the model, so it takes no arguments. The clock is
-    `optimizer.iterations`, which survives saving and resuming.
+    It reads its configuration from the model. The clock is `optimizer.iterations`, which survives
+    saving and resuming; epochs are counted by it too, where the number of steps in one is known.
 
     While an algorithm still reads the first training batches (activation ranges of a model that
     was compressed without `data`), training runs eagerly; the compiled step takes over afterwards.
 
+    Args:
+        shrink: whether channels are removed during training, as soon as the pruning masks are
+            final: the epochs that follow train the smaller model, and are faster. Callbacks that
+            keep weights of the larger model, such as `EarlyStopping(restore_best_weights=True)`,
+            must not outlive that moment.
+
     Raises:
         ValueError: if the model is not a compressed one.
     """
+
+    def __init__(self, shrink=False):
+        super().__init__()
+        self.shrink = shrink
 
     def set_model(self, model):
         super().set_model(model)
@@ -37,11 +48,19 @@ class Compress(keras.callbacks.Callback):
         self._eager_by_user = model.run_eagerly
         self._paused = []
         self._training = False
+        self._epoch = 0
         # Before `fit` makes its training step: what observes must be in it from the first batch.
         self._step(model)
 
     def on_train_begin(self, logs=None):
         self._training = True
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._epoch = epoch
+        self._begin_epoch(self.model)
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self._begin_epoch(self.model)
 
     def on_train_batch_end(self, batch, logs=None):
         if self._moving:
@@ -77,6 +96,20 @@ class Compress(keras.callbacks.Callback):
         self._moving = [algorithm for algorithm in self._moving if algorithm.update(model, step)]
         observing = any(quantizer.observer is not None for quantizer in quantizers_of(model))
         self._run_eagerly(model, self._eager_by_user or observing)
+
+    def _begin_epoch(self, model):
+        """Tell every algorithm of a new epoch, counted by the optimizer's steps where possible."""
+        steps = (self.params or {}).get("steps")
+        done = int(keras.ops.convert_to_numpy(model.optimizer.iterations))
+        epoch = done // steps if steps else self._epoch
+        if model.progress.get("epoch") == epoch:
+            return
+        for algorithm in _algorithms(model):
+            if algorithm.built:
+                algorithm.begin_epoch(model, epoch)
+        model.progress["epoch"] = epoch
+        if self.shrink and all(a.masks_are_final(model) for a in _algorithms(model)):
+            shrink_in_place(model)
 
     def _run_eagerly(self, model, eager):
         """Switch between the eager and the compiled training step; a switch retraces it."""

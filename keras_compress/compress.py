@@ -1,100 +1,27 @@
-"""The verbs: `plan`, `compress_model`, `strip`. All of them trace, decide, and rebuild."""
+"""The verbs `plan` and `compress_model`: trace, decide, rebuild, and prepare for training."""
 
+import contextlib
+import dataclasses
 import itertools
 import logging
 
-import keras
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress, track
 
 from keras_compress.algorithms import Algorithm
+from keras_compress.compressed_model import CompressedModel
 from keras_compress.config import Config
 from keras_compress.data import input_batches
-from keras_compress.graph.rebuild import deep_graphs, rebuild
-from keras_compress.graph.trace import require_built, trace
-from keras_compress.graph.walk import all_layers
-from keras_compress.graph.weight_map import WeightMap, restore
-from keras_compress.layers import (
-    PACKAGE,
-    CompressedLayer,
-    FakeQuantize,
-    compressed_class,
-    exclude_from_weight_decay,
-)
+from keras_compress.graph.rebuild import rebuild
+from keras_compress.graph.trace import trace
+from keras_compress.layers import PACKAGE, CompressedLayer, FakeQuantize, compressed_class
 from keras_compress.options import ConfigError
 from keras_compress.plan import Plan
-from keras_compress.quantizers import Quantizer
 from keras_compress.training.batch_norm import adapt_batch_norm
+from keras_compress.training.latency import find_latency_level
+from keras_compress.training.legr import RankingSearch
 
 logger = logging.getLogger(PACKAGE)
-
-
-@keras.saving.register_keras_serializable(PACKAGE)
-class CompressedModel(keras.Model):
-    """A Functional model that remembers how it was compressed.
-
-    It is made by `compress_model` and saved and loaded like any Keras model. `compile` is the
-    user's next step.
-
-    Args:
-        *args, **kwargs: as for `keras.Model(inputs, outputs, name=...)`.
-        compression: dict with `config` (the configuration), `plan` (`Plan.to_dict()`) and
-            `weight_map` (`WeightMap.to_dict()`).
-    """
-
-    def __init__(self, *args, compression=None, **kwargs):
-        with deep_graphs():
-            super().__init__(*args, **kwargs)
-        self._compression = keras.tree.map_structure(lambda leaf: leaf, dict(compression or {}))
-
-    @property
-    def config(self):
-        """The `Config` the model was compressed with."""
-        return Config.load(self._compression.get("config", {}))
-
-    @property
-    def plan(self):
-        """What was done, as `Plan.to_dict()` gives it."""
-        return self._compression.get("plan", {})
-
-    @property
-    def weight_map(self):
-        """The `WeightMap` from the weights of the user's model, or None where it was not kept."""
-        found = self._compression.get("weight_map")
-        return found and WeightMap(**found)
-
-    def quantizers(self):
-        """Return every `Quantizer` in the model: of weights and of edges, each once."""
-        return quantizers_of(self)
-
-    def compile(self, *args, **kwargs):
-        """Compile as Keras does, keeping learned ranges out of weight decay."""
-        super().compile(*args, **kwargs)
-        inner = getattr(self.optimizer, "inner_optimizer", self.optimizer)
-        ranges = [v for quantizer in self.quantizers() for v in quantizer.range_variables]
-        if ranges and inner is not None and not inner.built:
-            exclude_from_weight_decay(inner, ranges)
-
-    def compile_from_config(self, config):
-        """Compile as the saved model was; Keras asks for this wherever `compile` is overridden."""
-        self.compile(**keras.saving.deserialize_keras_object(config))
-        if self.optimizer is not None and self.built:
-            self.optimizer.build(self.trainable_variables)
-
-    def make_train_function(self, force=False):
-        """Make the training step, unless the model lacks the callback it needs."""
-        if any(q.observer is None and not q.calibrated for q in self.quantizers()):
-            require_ready(self)
-        return super().make_train_function(force=force)
-
-    def quantize(self, *args, **kwargs):
-        raise ValueError(
-            f"Model '{self.name}' is already compressed: Keras' own post-training `quantize` would "
-            "rewrite its layers. Call it on the plain model of `keras_compress.strip(model)`."
-        )
-
-    def get_config(self):
-        return super().get_config() | {"compression": self._compression}
 
 
 def plan(model, config):
@@ -122,7 +49,8 @@ def compress_model(model, config, data=None, verbose=True):
             accepted as it stands.
         data: samples to calibrate activation ranges and adapt batch-norm statistics with:
             `tf.data.Dataset`, `keras.utils.PyDataset`, NumPy arrays or a generator of batches,
-            labelled or not. None: activation ranges come from the first training batches.
+            labelled or not. None: activation ranges come from the first training batches. A
+            learned ranking (LeGR) needs labels, and a `model` that is compiled.
         verbose: whether long work shows a progress bar.
 
     Returns:
@@ -135,93 +63,17 @@ def compress_model(model, config, data=None, verbose=True):
     config = _loaded(config)
     graph = _checked_graph(model)
     decided = _plan(graph, config, with_data=data is not None)
+    search = RankingSearch.of(config, model, data, graph.inputs)
     batches = None if data is None else _read(data, graph, config)
     compressed = _rebuild(graph, decided, config)
     for status in decided.keys:
         level = logging.INFO if status.status == "honoured" else logging.WARNING
         logger.log(level, "%s: %s (%s)", status.key, status.status, status.reason)
+    if search is not None:
+        _learn_ranking(compressed, search, graph, config, verbose)
+    _find_level(compressed, model, config, verbose)
     _prepare(compressed, config, batches, verbose)
     return compressed
-
-
-def strip(model, like=None):
-    """Return a plain Keras model: weights baked in, quantizers of activations frozen.
-
-    Only `keras.*` layers and `FakeQuantize` remain, the user's layers that were kept whole, and
-    `Parameter` and `BatchSized` layers of those that were taken apart. The output equals the
-    compressed model's at inference bit for bit.
-
-    With `like`, the result is a copy of that model instead, of its own classes and nesting, which
-    holds the same rounded weights and batch-norm statistics. Activation quantizers have no place
-    in it and are left out: its output is the stripped model's up to the rounding of activations,
-    and up to the order of float operations where only weights are quantized.
-
-    Args:
-        model: a compressed model, or any model that holds compressed layers.
-        like: the model that `compress_model` was given, or another of the same structure, e.g.
-            loaded again from its file. It is left untouched. None: a flat Functional model.
-
-    Raises:
-        TypeError: `like` is not a Keras model.
-        ValueError: a quantizer still lacks its range; `like` is not built, has other weights or
-            cannot be copied; `model` does not know which weights it was made from.
-
-    Example:
-
-    ```python
-    compressed = kc.compress_model(classifier, config, data=train_ds)
-    ...
-    plain = kc.strip(compressed, like=classifier)
-    assert type(plain) is type(classifier)
-    ```
-    """
-    require_ready(model)
-    if like is not None:
-        return restore(model, _weight_map_for(model, like), like)
-
-    def plain(node):
-        if isinstance(node.op, CompressedLayer):
-            config = node.op.get_config()
-            del config["transforms"]
-            return node.op.keras_class.from_config(config | {"name": node.name})
-        return None
-
-    stripped = rebuild(trace(model), swap=plain)
-    for layer in stripped.layers:
-        if isinstance(layer, FakeQuantize):
-            layer.trainable = False
-    return stripped
-
-
-def _weight_map_for(model, like):
-    require_built(like)
-    weight_map = getattr(model, "weight_map", None)
-    if weight_map is None:
-        raise ValueError(
-            "`like` needs a model made by this version of `compress_model`, which notes where "
-            f"each weight came from. Received: model '{model.name}' ({type(model).__name__}) "
-            "without such a map. Use `keras_compress.strip(model)` without `like`, or compress "
-            "the original model again."
-        )
-    return weight_map
-
-
-def quantizers_of(model):
-    """Return every `Quantizer` inside a model, each once."""
-    found = {id(x): x for x in all_layers(model) if isinstance(x, Quantizer)}
-    return list(found.values())
-
-
-def require_ready(model):
-    """Raise when a model still lacks what only training with the `Compress` callback gives."""
-    waiting = [quantizer.name for quantizer in quantizers_of(model) if not quantizer.calibrated]
-    if waiting:
-        raise ValueError(
-            f"Model '{model.name}' has {len(waiting)} quantizers without a range: it was "
-            "compressed without `data`. Train it with "
-            "`callbacks=[keras_compress.callbacks.Compress()]`, or call "
-            "`compress_model(model, config, data=...)`."
-        )
 
 
 def _loaded(config):
@@ -251,10 +103,15 @@ def _checked_graph(model):
 
 def _plan(graph, config, with_data=False):
     decided = Plan(graph.name, keys=config.key_report())
-    for algorithm in config.algorithms:
+    for algorithm in _in_order(config):
         if algorithm.built:
             decided = decided.merge(algorithm.plan(graph, config, with_data=with_data))
     return decided
+
+
+def _in_order(config):
+    """Return the algorithms of a configuration, those of an earlier stage first."""
+    return sorted(config.algorithms, key=lambda algorithm: algorithm.stage)
 
 
 def _rebuild(graph, decided, config):
@@ -268,7 +125,7 @@ def _rebuild(graph, decided, config):
         if node.name not in by_layer:
             return None
         config = node.op.get_config() | {"name": node.name, "transforms": by_layer[node.name]}
-        return compressed_class(node.op).from_config(config)
+        return compressed_class(node.op, by_layer[node.name]).from_config(config)
 
     quantize = [
         (entry.group, FakeQuantize(entry.transform(), name=entry.name)) for entry in decided.edges
@@ -287,6 +144,43 @@ def _read(data, graph, config):
     return list(input_batches(data, graph.inputs, samples)) if samples else []
 
 
+def _learn_ranking(model, search, graph, config, verbose):
+    """Let LeGR find the ranking of the filters, on a model that has masks and nothing else."""
+    pruning = search.pruning
+    candidate = _rebuild(graph, pruning.plan(graph, config, with_data=True), config)
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not verbose) as bar:
+        task = bar.add_task("learning the ranking", total=search.options.generations)
+
+        def report(generation, fitness, highest):
+            loss = f"learning the ranking: loss {-highest:.4g}"
+            bar.update(task, advance=1, description=loss)
+
+        pruning.set_ranking(model, search.run(candidate, report))
+
+
+def _find_level(model, original, config, verbose):
+    """Find out by measuring how far to prune, where a latency is the target."""
+    for algorithm in config.algorithms:
+        if not algorithm.built or not algorithm.has_latency_target:
+            continue
+        console = Console(stderr=True)
+        with console.status("measuring latency") if verbose else contextlib.nullcontext():
+            found = find_latency_level(model, original, algorithm)
+        algorithm.set_latency(model, dataclasses.asdict(found))
+        logger.info(
+            "%s: at level %.3f the IR takes %.3g ms (median %.3g, quartiles %.2g apart), %.1f%% "
+            "less than the float model's %.3g ms.",
+            algorithm.name,
+            found.level,
+            found.ms,
+            found.median,
+            found.spread,
+            100 * found.removed,
+            found.float_ms,
+        )
+
+
 def _prepare(model, config, batches, verbose):
     """Start every algorithm on the new model, then adapt its batch-norm statistics."""
 
@@ -294,7 +188,7 @@ def _prepare(model, config, batches, verbose):
         console = Console(stderr=True)
         return track(items, description, console=console, transient=True, disable=not verbose)
 
-    algorithms = [algorithm for algorithm in config.algorithms if algorithm.built]
+    algorithms = [algorithm for algorithm in _in_order(config) if algorithm.built]
     for algorithm in algorithms:
         algorithm.start(model, batches and progress(batches, f"{algorithm.name}: calibrating"))
     samples = max((algorithm.adaptation_samples for algorithm in algorithms), default=0)

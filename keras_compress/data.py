@@ -38,6 +38,51 @@ def input_batches(data, inputs, samples, batch_size=32):
         )
 
 
+def labelled_batches(data, inputs, limit, batch_size=32):
+    """Return up to `limit` batches `(inputs, targets, sample weights)`.
+
+    Args:
+        data: as for `input_batches`; every batch is `(inputs, targets[, sample_weights])`.
+        inputs: the model's inputs, as for `input_batches`.
+        limit: largest number of batches.
+        batch_size: batch size for arrays.
+
+    Returns:
+        A list of triples: a flat list of NumPy arrays, one per model input; the targets in the
+        structure they came in, of NumPy arrays; the sample weights likewise, or None.
+
+    Raises:
+        ValueError: no data, no targets, or inputs that `input_batches` refuses.
+    """
+    batches = []
+    for index, batch in enumerate(itertools.islice(_batches(data, batch_size), limit)):
+        if not _has_targets(batch, len(inputs)):
+            raise ValueError(
+                "Expected labelled data: batches `(inputs, targets)` or `(inputs, targets, "
+                f"sample_weights)`. Received: batch {index} is a {type(batch).__name__} without "
+                "targets"
+            )
+        arrays = _inputs_of(batch, inputs)
+        _check(arrays, inputs, index)
+        _, targets, weights = keras.utils.unpack_x_y_sample_weight(batch)
+        targets, weights = keras.tree.map_structure(
+            lambda leaf: None if leaf is None else keras.ops.convert_to_numpy(leaf),
+            (targets, weights),
+        )
+        batches.append((arrays, targets, weights))
+    if not batches:
+        raise ValueError(
+            f"Expected labelled data with at least one batch. Received: data={data!r}, which gave "
+            "none."
+        )
+    return batches
+
+
+def _has_targets(batch, expected):
+    labelled = isinstance(batch, tuple) and len(batch) in (2, 3) and batch[1] is not None
+    return labelled and not _is_inputs_alone(batch, expected)
+
+
 def _batches(data, batch_size):
     if isinstance(data, keras.utils.PyDataset):
         endless = data.num_batches is None
@@ -68,9 +113,7 @@ def _slices(data, arrays, batch_size):
 def _inputs_of(batch, inputs):
     """Drop targets and sample weights; return one array per model input in the model's order."""
     expected = len(inputs)
-    if isinstance(batch, tuple) and not (
-        expected > 1 and len(batch) == expected and len(keras.tree.flatten(batch[0])) == 1
-    ):
+    if isinstance(batch, tuple) and not _is_inputs_alone(batch, expected):
         batch = batch[0]
     if isinstance(batch, dict):
         names = [tensor.name for tensor in inputs]
@@ -88,6 +131,11 @@ def _inputs_of(batch, inputs):
             f"{[tensor.name for tensor in inputs]}. Received: {len(leaves)} array(s)."
         )
     return leaves
+
+
+def _is_inputs_alone(batch, expected):
+    """Whether a tuple holds one array per input of a model with several, and no targets."""
+    return expected > 1 and len(batch) == expected and len(keras.tree.flatten(batch[0])) == 1
 
 
 def _check(arrays, inputs, index):

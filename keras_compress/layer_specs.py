@@ -16,7 +16,10 @@ class LayerSpec:
 
     Attributes:
         weights: {weight attribute: output-channel axes, counted from the end}, or a function of
-            the layer that returns the axes where they depend on its configuration.
+            the layer that returns the axes where they depend on its configuration. Empty: the
+            layer has none to multiply by, as those that normalize.
+        vectors: attributes of further weights, which may carry masks but are never quantized. An
+            attribute may be None: the bias of a layer without.
         integer: whether it computes in integers when weights and inputs are quantized.
         integer_call: function `(layer, keyword arguments of a call) -> bool`: whether a call
             computes in integers although others do not.
@@ -26,6 +29,7 @@ class LayerSpec:
     """
 
     weights: types.MappingProxyType
+    vectors: tuple[str, ...] = ()
     integer: bool = True
     integer_call: Callable | None = None
     integer_axes: types.MappingProxyType = dataclasses.field(
@@ -33,6 +37,11 @@ class LayerSpec:
     )
     reason: str = ""
     holder: str = ""
+
+    @property
+    def names(self):
+        """Attributes that may carry transforms: `weights`, then `vectors`."""
+        return (*self.weights, *self.vectors)
 
     def channel_axes(self, layer, weight, is_integer_product=False):
         """Return the output-channel axes of `weight` as a tuple of negative ints."""
@@ -56,12 +65,17 @@ UNTIED = "it multiplies by weights of its own, not by the embeddings: they stay 
 
 
 def _row(**weights):
-    return LayerSpec(types.MappingProxyType(weights))
+    return LayerSpec(types.MappingProxyType(weights), ("bias",))
+
+
+def _normalization_row(*vectors):
+    return LayerSpec(types.MappingProxyType({}), vectors, integer=False)
 
 
 def _recurrent_row():
     weights = {"kernel": (-1,), "recurrent_kernel": (-1,)}
-    return LayerSpec(types.MappingProxyType(weights), integer=False, reason=LOOP, holder="cell")
+    weights = types.MappingProxyType(weights)
+    return LayerSpec(weights, ("bias",), integer=False, reason=LOOP, holder="cell")
 
 
 def _lookup_row():
@@ -107,6 +121,10 @@ LAYERS = {
     keras.layers.SimpleRNN: _recurrent_row(),
     keras.layers.GRU: _recurrent_row(),
     keras.layers.LSTM: _recurrent_row(),
+    keras.layers.BatchNormalization: _normalization_row("gamma", "beta"),
+    keras.layers.LayerNormalization: _normalization_row("gamma", "beta"),
+    keras.layers.GroupNormalization: _normalization_row("gamma", "beta"),
+    keras.layers.RMSNormalization: _normalization_row("scale"),
 }
 
 
@@ -135,7 +153,7 @@ def add_row(cls, weights, integer=True):
             "Expected a dict {attribute name of a weight: its output-channel axes, counted from "
             f"the end}}, such as {{'kernel': (-1,)}}. Received: weights={weights!r}"
         )
-    LAYERS[cls] = LayerSpec(types.MappingProxyType(dict(weights)), integer)
+    LAYERS[cls] = LayerSpec(types.MappingProxyType(dict(weights)), integer=integer)
 
 
 def _are_axes(axes):

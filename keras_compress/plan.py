@@ -43,6 +43,39 @@ class EdgeEntry:
 
 
 @dataclasses.dataclass(frozen=True)
+class GroupEntry:
+    """Channels that are removed together, or why they are not.
+
+    Attributes:
+        name: the first layer that produces them.
+        layers: names of all layers that produce them.
+        channels: how many there are.
+        kept: how many stay.
+        reason: why none can be removed; empty where they can.
+    """
+
+    name: str
+    layers: tuple
+    channels: int
+    kept: int
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class SizeEntry:
+    """One quantity of a model: before anything was pruned, and now."""
+
+    what: str
+    full: int
+    now: int
+
+    @property
+    def level(self):
+        """The fraction that is gone, in [0, 1]."""
+        return 1 - self.now / max(self.full, 1)
+
+
+@dataclasses.dataclass(frozen=True)
 class Untouched:
     """An operation left in float: why, its FLOPs per sample and their share of the model's."""
 
@@ -61,6 +94,8 @@ class Plan(Rendered):
         model: name of the model.
         weights: tuple of `WeightEntry`.
         edges: tuple of `EdgeEntry`.
+        groups: tuple of `GroupEntry`: channels that can only be removed together.
+        sizes: tuple of `SizeEntry`: what pruning leaves.
         untouched: tuple of `Untouched`, largest share of FLOPs first.
         keys: what became of each configuration key (`KeyStatus`).
         notes: remarks on the whole, e.g. where ranges will come from.
@@ -69,6 +104,8 @@ class Plan(Rendered):
     model: str
     weights: tuple = ()
     edges: tuple = ()
+    groups: tuple = ()
+    sizes: tuple = ()
     untouched: tuple = ()
     keys: tuple = ()
     notes: tuple = ()
@@ -89,6 +126,8 @@ class Plan(Rendered):
             self,
             weights=tuple(joined.values()),
             edges=self.edges + other.edges,
+            groups=self.groups + other.groups,
+            sizes=self.sizes + other.sizes,
             untouched=self.untouched + other.untouched,
             keys=self.keys + other.keys,
             notes=self.notes + other.notes,
@@ -116,6 +155,8 @@ class Plan(Rendered):
                 }
                 for e in self.edges
             ],
+            "groups": [dataclasses.asdict(entry) for entry in self.groups],
+            "sizes": [dataclasses.asdict(entry) | {"level": entry.level} for entry in self.sizes],
             "untouched": [dataclasses.asdict(entry) for entry in self.untouched],
             "float_share": self.float_share,
             "keys": [dataclasses.asdict(entry) for entry in self.keys],
@@ -124,7 +165,13 @@ class Plan(Rendered):
 
     def renderable(self):
         parts = [_table("Weights", ("layer", "weight", "transforms"), self._weight_rows())]
-        parts.append(_table("Activations", ("tensor", "read by", "transform"), self._edge_rows()))
+        if self.edges:
+            columns = ("tensor", "read by", "transform")
+            parts.append(_table("Activations", columns, self._edge_rows()))
+        if self.groups:
+            columns = ("group", "layers", "channels", "kept", "why all are kept")
+            parts.append(_table("Channels", columns, self._group_rows()))
+            parts.append(size_table(self.sizes))
         if self.untouched:
             title = f"Left in float ({self.float_share:.2%} of the FLOPs)"
             rows = [(e.layer, e.type, f"{e.share:.2%}", e.reason) for e in self.untouched]
@@ -137,8 +184,17 @@ class Plan(Rendered):
     def _weight_rows(self):
         return [(e.layer, e.weight, e.description) for e in self.weights]
 
+    def _group_rows(self):
+        return [(e.name, len(e.layers), e.channels, e.kept, e.reason) for e in self.groups]
+
     def _edge_rows(self):
         return [(", ".join(e.edges), ", ".join(e.readers), e.description) for e in self.edges]
+
+
+def size_table(sizes):
+    """Return the table of `SizeEntry`s: full, current, level."""
+    rows = [(size.what, f"{size.full:,}", f"{size.now:,}", f"{size.level:.1%}") for size in sizes]
+    return _table("Size", ("quantity", "full", "current", "level"), rows)
 
 
 def _table(title, columns, rows):

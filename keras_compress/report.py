@@ -8,12 +8,12 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 
-from keras_compress.compress import CompressedModel
+from keras_compress.compressed_layer import CompressedLayer, layer_spec
+from keras_compress.compressed_model import CompressedModel
 from keras_compress.export.integer_weights import integer_weight
 from keras_compress.graph.flops import flops
 from keras_compress.graph.trace import trace
 from keras_compress.graph.walk import Role
-from keras_compress.layers import CompressedLayer, layer_spec
 from keras_compress.quantizers import Quantizer, SymmetricQuantizer
 from keras_compress.rendering import Rendered
 
@@ -213,7 +213,7 @@ def _layer_report(node, count, reason):
 def _trained_integers(layer):
     """Return (bits, size, bytes in OpenVINO IR) of every quantized weight of a layer."""
     rows = []
-    for weight in layer.weight_names:
+    for weight in layer_spec(layer).weights:
         size = math.prod(layer.raw_weight(weight).shape)
         for quantizer in layer.transforms_of(weight):
             if isinstance(quantizer, SymmetricQuantizer):

@@ -36,6 +36,14 @@ class Transform(keras.layers.Layer):
             )
         self.supports_masking = True
 
+    def state_axes(self, variable):
+        """Return the axes of the input that the axes of a state variable belong to.
+
+        Counted from the end; an axis of size 1 holds for all positions of the input's. States are
+        cut along with the input where channels are taken out.
+        """
+        return tuple(range(-len(variable.shape), 0))
+
     def compute_output_shape(self, input_shape):
         return input_shape
 

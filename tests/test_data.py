@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_compress.data import input_batches
+from keras_compress.data import input_batches, labelled_batches
 
 X = np.arange(50, dtype="float32").reshape(10, 5)
 Z = np.arange(30, dtype="float32").reshape(10, 3)
@@ -149,3 +149,58 @@ def test_wrong_number_of_arrays():
 def test_inputs_must_have_one_length():
     with pytest.raises(ValueError, match="samples"):
         read(iter([[X, Z[:4]]]), TWO)
+
+
+LABELS = np.arange(10, dtype="float32")[:, None]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: (X, LABELS),
+        lambda: ({"x": X}, LABELS),
+        lambda: dataset(X, LABELS),
+        lambda: Batches([(X[:5], LABELS[:5]), (X[5:], LABELS[5:])]),
+        lambda: ((X[i : i + 3], LABELS[i : i + 3], None) for i in range(0, 10, 3)),
+    ],
+)
+def test_labelled_batches(make):
+    batches = labelled_batches(make(), ONE, limit=9, batch_size=4)
+    assert all(isinstance(y, np.ndarray) and w is None for _, y, w in batches)
+    np.testing.assert_array_equal(np.concatenate([x for (x,), _, _ in batches]), X)
+    np.testing.assert_array_equal(np.concatenate([y for _, y, _ in batches]), LABELS)
+
+
+def test_structured_targets_and_sample_weights():
+    data = ([X, Z], {"b": LABELS, "a": [Z]}, {"b": Y[:, 0], "a": [LABELS[:, 0]]})
+    batches = labelled_batches(data, TWO, limit=2, batch_size=4)
+    assert len(batches) == 2
+    (x, z), targets, weights = batches[1]
+    np.testing.assert_array_equal(x, X[4:8])
+    np.testing.assert_array_equal(z, Z[4:8])
+    np.testing.assert_array_equal(targets["b"], LABELS[4:8])
+    np.testing.assert_array_equal(targets["a"][0], Z[4:8])
+    np.testing.assert_array_equal(weights["a"][0], LABELS[4:8, 0])
+
+
+@pytest.mark.parametrize(
+    ("data", "inputs"),
+    [
+        (X, ONE),
+        ([(X, None)], ONE),
+        ({"x": X}, ONE),
+        ([(X,)], ONE),
+        ([X, Z], TWO),
+        ([(X, Z)], TWO),
+    ],
+)
+def test_batches_without_labels(data, inputs):
+    with pytest.raises(ValueError, match="Expected labelled data.*batch 0 is a .* without targets"):
+        labelled_batches(data, inputs, limit=2)
+
+
+def test_labelled_batches_are_checked():
+    with pytest.raises(ValueError, match=re.escape("input 'x'. Expected shape (None, 5)")):
+        labelled_batches((X[:, :4], LABELS), ONE, limit=2)
+    with pytest.raises(ValueError, match="labelled data with at least one batch"):
+        labelled_batches([], ONE, limit=2)

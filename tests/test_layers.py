@@ -5,43 +5,24 @@ import numpy as np
 import pytest
 from backend_helpers import BACKEND, numpy
 from keras import layers, ops
+from layer_cases import CASES, data, plain_twin, weight_gradients
 
 import keras_compress as kc
 from keras_compress.layers import (
     FAKE_QUANT_LAYERS,
     LAYERS,
+    PRUNABLE_LAYERS,
     FakeQuantConv2D,
     FakeQuantDense,
     FakeQuantize,
+    PrunableDense,
     clone_layer,
     compressed_class,
     layer_spec,
 )
+from keras_compress.masks import ChannelMask
 from keras_compress.quantizers import AsymmetricQuantizer, SymmetricQuantizer
 
-# Keras class -> (constructor arguments, input shape)
-CASES = {
-    layers.Conv1D: ({"filters": 4, "kernel_size": 3}, (2, 8, 3)),
-    layers.Conv2D: ({"filters": 4, "kernel_size": 3, "activation": "relu"}, (2, 6, 6, 3)),
-    layers.Conv3D: ({"filters": 4, "kernel_size": 2}, (2, 4, 4, 4, 3)),
-    layers.Conv1DTranspose: ({"filters": 4, "kernel_size": 3}, (2, 8, 3)),
-    layers.Conv2DTranspose: ({"filters": 4, "kernel_size": 3, "strides": 2}, (2, 6, 6, 3)),
-    layers.Conv3DTranspose: ({"filters": 4, "kernel_size": 2}, (2, 4, 4, 4, 3)),
-    layers.DepthwiseConv1D: ({"kernel_size": 3, "depth_multiplier": 2}, (2, 8, 3)),
-    layers.DepthwiseConv2D: ({"kernel_size": 3, "depth_multiplier": 2}, (2, 6, 6, 3)),
-    layers.SeparableConv1D: ({"filters": 4, "kernel_size": 3}, (2, 8, 3)),
-    layers.SeparableConv2D: ({"filters": 4, "kernel_size": 3, "strides": 2}, (2, 6, 6, 3)),
-    layers.Dense: ({"units": 4, "use_bias": False}, (2, 5)),
-    layers.EinsumDense: (
-        {"equation": "abc,cde->abde", "output_shape": (None, 2, 3), "bias_axes": "de"},
-        (2, 4, 5),
-    ),
-    layers.Embedding: ({"input_dim": 7, "output_dim": 4}, (2, 5)),
-    layers.ReversibleEmbedding: ({"input_dim": 7, "output_dim": 4}, (2, 5)),
-    layers.SimpleRNN: ({"units": 3, "return_sequences": True}, (2, 4, 5)),
-    layers.GRU: ({"units": 3, "go_backwards": True}, (2, 4, 5)),
-    layers.LSTM: ({"units": 3, "return_sequences": True}, (2, 4, 5)),
-}
 SCALE_SHAPES = {
     layers.Conv1D: (1, 1, 4),
     layers.Conv2D: (1, 1, 1, 4),
@@ -67,15 +48,8 @@ CONFIG = {
         "initializer": {"batchnorm_adaptation": {"num_bn_adaptation_samples": 0}},
     }
 }
-every_layer = pytest.mark.parametrize("cls", LAYERS, ids=lambda cls: cls.__name__)
-
-
-def data(cls, seed=0):
-    random = np.random.default_rng(seed)
-    shape = CASES[cls][1]
-    if issubclass(cls, layers.Embedding):
-        return random.integers(0, 7, shape).astype("int32")
-    return random.normal(size=shape).astype("float32")
+QUANTIZED = [cls for cls in LAYERS if LAYERS[cls].weights]
+every_layer = pytest.mark.parametrize("cls", QUANTIZED, ids=lambda cls: cls.__name__)
 
 
 def made(cls, **kwargs):
@@ -89,22 +63,16 @@ def made(cls, **kwargs):
     return layer
 
 
-def plain_twin(layer):
-    plain = layer.keras_class(**CASES[layer.keras_class][0], dtype=layer.dtype_policy)
-    plain.build(CASES[layer.keras_class][1])
-    plain.set_weights(layer.plain_values())
-    return plain
-
-
 def test_every_row_has_a_class_and_a_case():
-    assert set(LAYERS) == set(FAKE_QUANT_LAYERS) == set(CASES)
+    assert set(LAYERS) == set(PRUNABLE_LAYERS) == set(CASES)
+    assert set(QUANTIZED) == set(FAKE_QUANT_LAYERS)
 
 
 @every_layer
 def test_output_equals_the_plain_layer_with_the_effective_weight(cls):
     layer = made(cls)
     plain = plain_twin(layer)
-    for weight in layer.weight_names:
+    for weight in LAYERS[cls].weights:
         effective, raw = layer.effective_weight(weight), numpy(layer.raw_weight(weight))
         assert 0 < abs(effective - raw).max() < 0.1
         np.testing.assert_array_equal(numpy(LAYERS[cls].read(plain, weight)), effective)
@@ -139,29 +107,6 @@ def test_gradients_reach_raw_weights_and_ranges(cls, quantizer):
         assert np.isfinite(gradient).all() and np.any(gradient), variable.path
 
 
-def weight_gradients(layer, x):
-    """Return the gradients of `sum(layer(x))` for the trainable variables, in NumPy."""
-    if BACKEND == "jax":
-        import jax
-
-        fixed = [v.value for v in layer.non_trainable_variables]  # seeds of recurrent layers
-
-        def total(trained):
-            return layer.stateless_call(trained, fixed, x)[0].sum()
-
-        return [numpy(g) for g in jax.grad(total)([v.value for v in layer.trainable_variables])]
-    if BACKEND == "torch":
-        import torch
-
-        sources = [v.value for v in layer.trainable_variables]
-        return [numpy(g) for g in torch.autograd.grad(layer(x).sum(), sources)]
-    import tensorflow as tf
-
-    with tf.GradientTape() as tape:
-        value = tf.reduce_sum(layer(x))
-    return [numpy(g) for g in tape.gradient(value, [v.value for v in layer.trainable_variables])]
-
-
 @every_layer
 def test_saving_keeps_raw_weights_bitwise(cls, tmp_path):
     layer = made(cls)
@@ -176,7 +121,7 @@ def test_saving_keeps_raw_weights_bitwise(cls, tmp_path):
     for twin in (loaded, again):
         for before, after in zip(model.weights, twin.weights, strict=True):
             np.testing.assert_array_equal(numpy(before), numpy(after))
-    for name in layer.weight_names:
+    for name in LAYERS[cls].weights:
         raw = numpy(loaded.layers[-1].raw_weight(name))
         np.testing.assert_array_equal(raw, numpy(layer.raw_weight(name)))
     np.testing.assert_array_equal(numpy(loaded(data(cls))), numpy(model(data(cls))))
@@ -196,7 +141,7 @@ def test_configuration_round_trip(cls):
 @every_layer
 def test_half_precision_rounds_in_float32(cls):
     layer = made(cls, dtype="mixed_bfloat16")
-    for name in layer.weight_names:
+    for name in LAYERS[cls].weights:
         raw = layer.raw_weight(name)
         (quantizer,) = layer.transforms_of(name)
         exact = numpy(quantizer(ops.convert_to_tensor(numpy(raw))))
@@ -231,7 +176,13 @@ def test_transforms_apply_in_order():
 
 
 def test_unknown_weight_is_refused():
-    with pytest.raises(ValueError, match="weights .'kernel'.*Received transforms for: .'bias'"):
+    message = "weights .'kernel', 'bias'.*Received transforms for: .'matrix'"
+    with pytest.raises(ValueError, match=message):
+        FakeQuantDense(4, transforms={"matrix": [SymmetricQuantizer()]})
+
+
+def test_vectors_are_not_quantized():
+    with pytest.raises(ValueError, match="`bias` may carry masks only.*quantizer for: bias"):
         FakeQuantDense(4, transforms={"bias": [SymmetricQuantizer()]})
 
 
@@ -248,9 +199,16 @@ def test_the_weight_of_an_unbuilt_layer():
 
 
 def test_compressed_class_of_a_layer_without_a_row():
-    assert compressed_class(layers.Dense(2)) is FakeQuantDense
+    quantized = {"kernel": [SymmetricQuantizer()]}
+    both = {"bias": [ChannelMask()], "kernel": [ChannelMask(), SymmetricQuantizer()]}
+    assert compressed_class(layers.Dense(2), quantized) is FakeQuantDense
+    assert compressed_class(layers.Dense(2), both) is FakeQuantDense
+    assert compressed_class(layers.Dense(2), {"kernel": [ChannelMask()]}) is PrunableDense
+    for transforms in (quantized, {}):
+        with pytest.raises(KeyError):
+            compressed_class(layers.ConvLSTM1D(2, 3), transforms)
     with pytest.raises(KeyError):
-        compressed_class(layers.ConvLSTM1D(2, 3))
+        compressed_class(layers.BatchNormalization(), quantized)
 
 
 class Doubled(layers.Layer):
@@ -274,7 +232,7 @@ class Doubled(layers.Layer):
 def doubled():
     keras.saving.register_keras_serializable("keras_compress_tests")(Doubled)
     yield kc.register_layer(Doubled, {"matrix": (-1,)})
-    del LAYERS[Doubled], FAKE_QUANT_LAYERS[Doubled]
+    del LAYERS[Doubled], FAKE_QUANT_LAYERS[Doubled], PRUNABLE_LAYERS[Doubled]
 
 
 def test_a_registered_layer_is_compressed_saved_and_stripped(doubled, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from keras import layers
 
 import keras_compress as kc
-from keras_compress.compress import quantizers_of
+from keras_compress.compressed_model import quantizers_of
 
 CONFIG = {"compression": {"algorithm": "quantization"}}
 

@@ -71,6 +71,7 @@ class Algorithm(ValidatedScopes):
         name: What the key `algorithm` says in a configuration.
         aliases: Other names that mean the same.
         built: False while the options are understood but nothing acts on them.
+        stage: Transforms and `start` of a lower stage come first: masks before quantizers.
         adjustable: Whether it has a rate that accuracy-aware training can raise and lower.
         registry: Every algorithm by name and alias.
 
@@ -85,6 +86,7 @@ class Algorithm(ValidatedScopes):
     name: ClassVar[str] = ""
     aliases: ClassVar[tuple[str, ...]] = ()
     built: ClassVar[bool] = True
+    stage: ClassVar[int] = 0
     adjustable: ClassVar[bool] = False
     registry: ClassVar[dict[str, type["Algorithm"]]] = {}
 
@@ -112,6 +114,11 @@ class Algorithm(ValidatedScopes):
         """How many samples batch normalization adapts to after `start`."""
         return 0
 
+    @property
+    def has_latency_target(self) -> bool:
+        """Whether how far it goes is to be found out by measuring the exported model."""
+        return False
+
     def plan(self, graph: Any, config: Any, with_data: bool) -> Any:
         """Returns the `Plan`: what goes where on the graph. Required of a built algorithm."""
         raise NotImplementedError(f"{type(self).__name__} must say what it does: override `plan`.")
@@ -130,6 +137,13 @@ class Algorithm(ValidatedScopes):
         Returns whether it wants to be called after the next step too.
         """
         return False
+
+    def begin_epoch(self, model: Any, epoch: int) -> None:
+        """Called once at the start of every epoch, counted from 0 by the optimizer's steps."""
+
+    def masks_are_final(self, model: Any) -> bool:
+        """Says whether the masks stay as they are from now on; True where there are none."""
+        return True
 
     def finish(self, model: Any) -> None:
         """Called at the end of training while `update` still asked for more."""

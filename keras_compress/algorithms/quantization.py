@@ -40,6 +40,7 @@ class Quantization(Algorithm):
 
     name: ClassVar[str] = "quantization"
     aliases: ClassVar[tuple[str, ...]] = ("experimental_quantization",)
+    stage: ClassVar[int] = 1
 
     preset: Literal["performance", "mixed"] = option(
         "performance", "performance: symmetric everywhere; mixed: asymmetric activations."

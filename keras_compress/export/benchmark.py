@@ -100,7 +100,8 @@ def benchmark(paths, *, batch_size=1, calls=100, warm_up=10, threads=0, seed=0):
     properties = {"PERFORMANCE_HINT": "LATENCY"}
     if threads:
         properties["INFERENCE_NUM_THREADS"] = threads
-    runs = [_prepared(compile_on_cpu(core, path, **properties), batch_size, seed) for path in paths]
+    models = [compile_on_cpu(core, path, **properties) for path in paths]
+    runs = [prepared_request(model, batch_size, seed).infer for model in models]
     times = np.empty((calls, len(paths)))
     for call in range(-warm_up, calls):
         for index, run in enumerate(runs):
@@ -112,8 +113,8 @@ def benchmark(paths, *, batch_size=1, calls=100, warm_up=10, threads=0, seed=0):
     return BenchmarkReport(latencies, batch_size, calls, threads)
 
 
-def _prepared(compiled, batch_size, seed):
-    """Return a function of no arguments that runs the model once on random inputs."""
+def prepared_request(compiled, batch_size=1, seed=0):
+    """Return an inference request of a compiled model whose inputs are random numbers."""
     random = np.random.default_rng(seed)
     request = compiled.create_infer_request()
     for index, port in enumerate(compiled.inputs):
@@ -124,7 +125,7 @@ def _prepared(compiled, batch_size, seed):
         array = random.standard_normal(sizes) if floating else np.zeros(sizes)
         request.get_input_tensor(index).shape = sizes
         request.get_input_tensor(index).data[:] = array.astype(dtype)
-    return request.infer
+    return request
 
 
 def _summary(path, times, batch_size):

@@ -12,7 +12,7 @@ import tempfile
 
 import keras
 
-from keras_compress.compress import strip
+from keras_compress.compressed_model import strip
 from keras_compress.export.formats import write
 
 COMMAND = (

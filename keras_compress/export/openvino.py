@@ -14,6 +14,7 @@ import json
 
 import numpy as np
 
+from keras_compress.compressed_layer import layer_spec
 from keras_compress.export.integer_weights import integer_weight
 from keras_compress.export.plugin_repairs import (
     ARITHMETIC,
@@ -24,7 +25,6 @@ from keras_compress.export.plugin_repairs import (
 )
 from keras_compress.export.saved_model import write_saved_model
 from keras_compress.graph.walk import unique_name
-from keras_compress.layers import layer_spec
 
 # Operations that belong to a layer when they follow its convolution or matrix product: layout
 # always, arithmetic with a constant (bias, batch norm).

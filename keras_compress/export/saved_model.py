@@ -6,11 +6,12 @@ import math
 import keras
 import numpy as np
 
-from keras_compress.compress import strip
+from keras_compress.compressed_layer import CompressedLayer
+from keras_compress.compressed_model import strip
 from keras_compress.graph.rebuild import deep_graphs, rebuild
 from keras_compress.graph.trace import trace
 from keras_compress.graph.walk import all_layers, unique_name
-from keras_compress.layers import CompressedLayer, FakeQuantize
+from keras_compress.layers import FakeQuantize
 
 CODES = 256  # levels of the integer type that inference engines compute with
 

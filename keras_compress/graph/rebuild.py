@@ -7,16 +7,18 @@ import contextlib
 import functools
 import sys
 import tempfile
+import types
 
 import keras
+import numpy as np
 
+from keras_compress.compressed_layer import CompressedLayer, clone_layer
 from keras_compress.graph.walk import Edge, all_layers, copy_operation
-from keras_compress.layers import CompressedLayer, clone_layer
 
 RECURSION_LIMIT = 20_000
 
 
-def rebuild(graph, swap=None, quantize=(), model_class=keras.Model, **model_kwargs):
+def rebuild(graph, swap=None, quantize=(), model_class=keras.Model, narrowing=None, **model_kwargs):
     """Build a Keras Functional model from a graph; weights are copied, nothing is shared.
 
     Args:
@@ -25,6 +27,7 @@ def rebuild(graph, swap=None, quantize=(), model_class=keras.Model, **model_kwar
             layer takes the operation's place and weights; None keeps a clone of the operation.
         quantize: pairs `(QuantizedEdge, FakeQuantize layer)`.
         model_class: class of the new model, constructed as `model_class(inputs, outputs, name=)`.
+        narrowing: `Narrowing` of the graph: which channels are taken out; None keeps all.
         **model_kwargs: further arguments of the model's constructor.
 
     Returns:
@@ -50,12 +53,13 @@ def rebuild(graph, swap=None, quantize=(), model_class=keras.Model, **model_kwar
         first_call = node.name not in layers
         if first_call:
             replacement = swap(node) if swap is not None else None
-            layers[node.name] = replacement or _clone(node.op, node.name)
-        arguments = (list(node.args), node.kwargs)
-        args, kwargs = keras.tree.map_structure(functools.partial(read, node), arguments)
+            layers[node.name] = replacement or _clone(node, narrowing)
+        args, kwargs = (node.args, node.kwargs) if narrowing is None else narrowing.arguments(node)
+        args, kwargs = keras.tree.map_structure(functools.partial(read, node), (list(args), kwargs))
         outputs = keras.tree.flatten(layers[node.name](*args, **kwargs))
         if first_call and isinstance(node.op, keras.layers.Layer):
-            copy_weights(node.op, layers[node.name])
+            cuts = {} if narrowing is None else narrowing.variables(node.op, node.name)
+            copy_weights(node.op, layers[node.name], cuts)
         for edge, tensor in zip(node.outputs, outputs, strict=True):
             emit(edge, tensor)
 
@@ -76,29 +80,47 @@ def deep_graphs():
         sys.setrecursionlimit(before)
 
 
-def _clone(op, name):
-    if isinstance(op, keras.layers.Layer):
-        return clone_layer(op, name)
-    return copy_operation(op, name)
+def _clone(node, narrowing):
+    if isinstance(node.op, keras.layers.Layer):
+        changed = {} if narrowing is None else narrowing.configuration(node)
+        return clone_layer(node.op, node.name, changed)
+    narrow = None if narrowing is None else narrowing.operation(node)
+    return narrow or copy_operation(node.op, node.name)
 
 
-def copy_weights(old, new):
+def copy_weights(old, new, cuts=types.MappingProxyType({})):
     """Give `new` the weights of `old`: raw ones between two of a kind, effective ones to a plain
     layer.
 
     Values pass through NumPy: on JAX, `assign` would share the buffer with the old model.
+
+    Args:
+        old: a layer with weights.
+        new: one of the same kind, plain or compressed.
+        cuts: {id of a variable of `old`: {axis: positions that `new` has}}.
     """
     was_compressed, is_compressed = (isinstance(x, CompressedLayer) for x in (old, new))
+    sources, values, targets = old.weights, old.get_weights(), new.weights
     if is_compressed and not was_compressed:
-        targets, values = new.plain_weights, old.get_weights()
+        targets = new.plain_weights
     elif was_compressed and not is_compressed:
-        targets, values = new.weights, old.plain_values()
-    else:
-        targets, values = new.weights, old.get_weights()
-    for target, value in zip(targets, values, strict=True):
-        target.assign(value)
+        sources, values = old.plain_weights, old.plain_values()
+    for target, source, value in zip(targets, sources, values, strict=True):
+        target.assign(take(value, cuts.get(id(source), {})))
     _copy_assets(old, new)
     finalize_state(new)
+
+
+def take(value, cuts):
+    """Return an array with only some positions along some of its axes.
+
+    Args:
+        value: array.
+        cuts: {axis: positions}.
+    """
+    for axis, positions in cuts.items():
+        value = np.take(value, positions, axis=axis)
+    return value
 
 
 def _copy_assets(old, new):

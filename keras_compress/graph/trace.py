@@ -12,6 +12,7 @@ import warnings
 
 import keras
 
+from keras_compress.compressed_layer import clone_layer, is_weighted
 from keras_compress.graph.decompose import (
     SEPARABLE_LAYERS,
     WRAPPERS,
@@ -40,7 +41,6 @@ from keras_compress.graph.walk import (
     unique_name,
 )
 from keras_compress.graph.weight_map import WeightMap
-from keras_compress.layers import clone_layer, layer_spec
 
 
 def trace(model):
@@ -290,7 +290,7 @@ class _Tracer:
 def _is_composite(op):
     if isinstance(op, (keras.Model, *WRAPPERS, *ATTENTION_LAYERS)) or is_attention(op):
         return True
-    if not isinstance(op, keras.layers.Layer) or layer_spec(op) is not None:
+    if not isinstance(op, keras.layers.Layer) or is_weighted(op):
         return False
     if type(op).__module__.partition(".")[0] in ("keras", "keras_compress"):
         return False

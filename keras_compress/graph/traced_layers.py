@@ -2,7 +2,7 @@
 
 import keras
 
-from keras_compress.layers import PACKAGE
+from keras_compress.compressed_layer import PACKAGE
 
 
 @keras.saving.register_keras_serializable(PACKAGE)

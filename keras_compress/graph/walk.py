@@ -9,8 +9,9 @@ import enum
 
 import keras
 
+from keras_compress.compressed_layer import is_weighted, layer_spec
 from keras_compress.graph.traced_layers import BatchSized, Parameter, SetMask
-from keras_compress.layers import FakeQuantize, layer_spec
+from keras_compress.layers import FakeQuantize
 
 # Joins the names of nested layers: a name may hold no "/" in Keras and no "." in torch.
 SEPARATOR = "-"
@@ -108,7 +109,7 @@ def role_of(op):
     """Return the `Role` of an operation (a layer or a `keras.ops` operation object)."""
     if isinstance(op, FakeQuantize):
         return Role.FAKE_QUANTIZE
-    if layer_spec(op) is not None:
+    if is_weighted(op):
         return Role.WEIGHTED
     if isinstance(op, BatchSized):
         return OPS_BY_NAME.get(op.operation, Role.FLOAT)

@@ -11,9 +11,9 @@ import tempfile
 
 import keras
 
+from keras_compress.compressed_layer import CompressedLayer
 from keras_compress.graph.rebuild import finalize_state
 from keras_compress.graph.walk import all_layers, set_path
-from keras_compress.layers import CompressedLayer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,329 @@
+"""Prunes ResNet-20 on CIFAR-10, and prunes and quantizes it in one training.
+
+    python examples/cifar10_prune_quantize.py main --data cifar-10-batches-bin
+    python examples/cifar10_prune_quantize.py criteria --data cifar-10-batches-bin
+
+`main` takes 40 % of the filters away and compares float, pruned and pruned + int8, as trained and
+as OpenVINO IR. `criteria` compares how filters are chosen, at equal FLOPs; it needs matplotlib.
+"""
+
+import importlib.util
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import json5
+import keras
+import numpy as np
+import typer
+from cifar10_resnet20 import (
+    CHECKPOINT,
+    compile_model,
+    evaluate_ir,
+    fit,
+    load_datasets,
+    measure_latency,
+)
+from rich.console import Console
+from rich.table import Table
+
+import keras_compress as kc
+from keras_compress.training.batch_norm import adapt_batch_norm
+
+EXAMPLES = Path(__file__).resolve().parent
+WORK = Path("cifar10_prune_quantize")
+BATCH = 128
+PEAK = 0.03
+CALIBRATION = 8  # batches
+
+app = typer.Typer(add_completion=False, help=__doc__.partition("\n")[0])
+Data = Annotated[Path, typer.Option(help="Folder with the CIFAR-10 binary files.")]
+Checkpoint = Annotated[
+    Path, typer.Option(help="The float model.", show_default="examples/checkpoints/")
+]
+Epochs = Annotated[int, typer.Option(help="Epochs of one training.")]
+Steps = Annotated[int, typer.Option(help="Batches of 128 random images per epoch; at most 375.")]
+Work = Annotated[Path, typer.Option(help="Folder for the results.")]
+
+
+# ---------------------------------------------------------------- both commands
+
+
+def configuration(name):
+    """Returns a configuration of this folder as a dictionary."""
+    return json5.loads((EXAMPLES / name).read_text())
+
+
+def prepared(data, checkpoint, work):
+    """Returns the datasets; what is missing is an error of the command line."""
+    work.mkdir(parents=True, exist_ok=True)
+    if not checkpoint.exists():
+        raise typer.BadParameter(f"no float model there. Received: {checkpoint}")
+    try:
+        return load_datasets(data, BATCH)
+    except FileNotFoundError as error:
+        raise typer.BadParameter(str(error), param_hint="--data") from error
+
+
+def compress_and_fit(checkpoint, config, datasets, epochs, steps, callbacks=()):
+    """Returns the model of a checkpoint, compressed and trained from a fixed learning rate."""
+    train, validation, _ = datasets
+    model = keras.models.load_model(checkpoint, compile=False)
+    model = kc.compress_model(model, config, data=train.take(CALIBRATION), verbose=False)
+    compile_model(model, PEAK, epochs * steps, warmup=epochs * steps // 50)
+    fit(model, train.take(steps), validation, epochs, [kc.callbacks.Compress(), *callbacks])
+    return model
+
+
+def accuracy(model, dataset):
+    """Returns the fraction of the images that a Keras model classifies right."""
+    labels = np.concatenate([labels.numpy().reshape(-1) for _, labels in dataset])
+    return float(np.mean(model.predict(dataset, verbose=0).argmax(-1) == labels))
+
+
+# ---------------------------------------------------------------- main
+
+
+@app.command()
+def main(
+    data: Data,
+    epochs: Epochs = 5,
+    steps: Steps = 100,
+    checkpoint: Checkpoint = CHECKPOINT,
+    work: Work = WORK,
+):
+    """Prunes 40 % of the filters with and without int8, each in one fit, and prints a table."""
+    datasets = prepared(data, checkpoint, work)
+    config = configuration("cifar10_prune_quantize.json")
+    pruning_alone = config | {"compression": config["compression"][:1]}
+    models = {"float": keras.models.load_model(checkpoint, compile=False)}
+    seconds = {"float": 0.0}
+    for name, each in (("pruned", pruning_alone), ("pruned + int8", config)):
+        keras.utils.set_random_seed(0)
+        began = time.perf_counter()
+        models[name] = compress_and_fit(checkpoint, each, datasets, epochs, steps)
+        seconds[name] = time.perf_counter() - began
+    compare(models, seconds, datasets[2], work)
+
+
+def compare(models, seconds, test, work):
+    """Strips and exports every model, and prints one row for each."""
+    irs, reports = [], []
+    for name, model in models.items():
+        stripped = kc.strip(model)
+        irs.append(work / f"{name.replace(' + ', '_')}.xml")
+        kc.export(stripped, irs[-1])
+        reports.append(kc.report(stripped))
+    latencies = measure_latency(irs)
+    table = Table(title="ResNet-20 on CIFAR-10, 10 000 test images")
+    table.add_column("model", no_wrap=True)
+    for column in (
+        "accuracy, Keras",
+        "accuracy, IR",
+        "parameters",
+        "MFLOPs",
+        ".bin, kB",
+        "latency, ms",
+        "float / this",
+        "training, s",
+    ):
+        table.add_column(column, justify="right")
+    for (name, model), ir, report, latency in zip(
+        models.items(), irs, reports, latencies, strict=True
+    ):
+        table.add_row(
+            name,
+            f"{accuracy(model, test):.2%}",
+            f"{evaluate_ir(ir, test):.2%}",
+            f"{report.parameters:,}",
+            f"{report.flops / 1e6:.1f}",
+            f"{ir.with_suffix('.bin').stat().st_size / 1000:.0f}",
+            f"{latency:.3f}",
+            f"{latencies[0] / latency:.2f}",
+            f"{seconds[name]:.0f}",
+        )
+    Console(width=120).print(table)
+
+
+# ---------------------------------------------------------------- criteria
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way of choosing filters: its name, and the `params` of filter pruning that it sets."""
+
+    name: str
+    params: dict
+
+
+# To compare another one, such as a learned ranking, add a row.
+VARIANTS = (
+    *(
+        Variant(criterion, {"filter_importance": criterion})
+        for criterion in ("L1", "L2", "geometric_median", "batch_norm_scale", "taylor", "random")
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one training of one variant came to; accuracies are fractions of the test images."""
+
+    variant: str
+    seed: int
+    parameters: int
+    flops: int
+    pruned: float
+    adapted: float
+    trained: float
+    seconds: float
+
+
+class WhenPruned(keras.callbacks.Callback):
+    """Calls a function with the model once, as soon as masks switch filters off.
+
+    It comes after `Compress` in the list of callbacks.
+
+    Args:
+        function: what to call.
+        epoch: the epoch that begins with new masks.
+    """
+
+    def __init__(self, function, epoch):
+        super().__init__()
+        self.function, self.epoch, self.result = function, epoch, None
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if epoch == self.epoch:
+            self.result = self.function(self.model)
+
+
+@app.command()
+def criteria(
+    data: Data,
+    epochs: Epochs = 4,
+    steps: Steps = 75,
+    repeats: Annotated[int, typer.Option(help="Trainings of each criterion.")] = 1,
+    checkpoint: Checkpoint = CHECKPOINT,
+    work: Work = WORK,
+):
+    """Prunes 40 % of the FLOPs by every criterion; writes importance.json and importance.svg."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise typer.BadParameter("the figure needs matplotlib: pip install matplotlib")
+    datasets = prepared(data, checkpoint, work)
+    model = keras.models.load_model(checkpoint, compile=False)
+    before = accuracy(model, datasets[2])
+    results = []
+    for seed in range(repeats):
+        for variant in VARIANTS:
+            results.append(measure(variant, seed, checkpoint, datasets, epochs, steps))
+            print(results[-1], flush=True)
+    figures = {
+        "float": {"accuracy": before, "flops": kc.report(model).flops},
+        "epochs": epochs,
+        "images_per_epoch": steps * BATCH,
+        "results": [asdict(result) for result in results],
+    }
+    (work / "importance.json").write_text(json.dumps(figures, indent=1) + "\n")
+    plot(figures, work / "importance.svg")
+    Console(width=120).print(criteria_table(figures))
+
+
+def measure(variant, seed, checkpoint, datasets, epochs, steps):
+    """Returns the `Result` of a variant: masks after one epoch, then training on."""
+    train, _, test = datasets
+    config = configuration("cifar10_criteria.json")
+    params = config["compression"]["params"]
+    params |= variant.params | {"random_seed": seed}
+    samples = [[images.numpy()] for images, _ in train.take(CALIBRATION)]
+
+    def right_after(model):
+        pruned = kc.strip(model)  # a copy: the training goes on from where it was
+        at_once = accuracy(pruned, test)
+        adapt_batch_norm(pruned, samples)
+        return at_once, accuracy(pruned, test)
+
+    keras.utils.set_random_seed(seed)
+    pruned = WhenPruned(right_after, params["num_init_steps"])
+    began = time.perf_counter()
+    model = compress_and_fit(checkpoint, config, datasets, epochs, steps, [pruned])
+    seconds = time.perf_counter() - began
+    stripped = kc.strip(model)
+    report = kc.report(stripped)
+    return Result(
+        variant.name,
+        seed,
+        report.parameters,
+        report.flops,
+        *pruned.result,
+        accuracy(stripped, test),
+        seconds,
+    )
+
+
+def by_variant(figures):
+    """Returns {variant: {key: array with one value per training}}."""
+    names = dict.fromkeys(result["variant"] for result in figures["results"])
+    return {
+        name: {
+            key: np.array([r[key] for r in figures["results"] if r["variant"] == name])
+            for key in ("pruned", "adapted", "trained", "flops", "parameters")
+        }
+        for name in names
+    }
+
+
+def criteria_table(figures):
+    """Returns a table with the mean of each criterion, and its extremes where they differ."""
+    table = Table(title=f"Without training: {figures['float']['accuracy']:.2%}")
+    table.add_column("criterion")
+    for column in ("right after", "batch norm adapted", "trained", "FLOPs", "parameters"):
+        table.add_column(column, justify="right")
+    for name, values in by_variant(figures).items():
+        table.add_row(
+            name,
+            *(_range(values[key]) for key in ("pruned", "adapted", "trained")),
+            f"{values['flops'].mean() / figures['float']['flops']:.1%}",
+            f"{values['parameters'].mean():,.0f}",
+        )
+    return table
+
+
+def _range(values):
+    mean = f"{values.mean():.2%}"
+    return mean if len(values) == 1 else f"{mean} ({values.min():.2%} to {values.max():.2%})"
+
+
+def plot(figures, path):
+    """Draws the accuracies of every criterion: the mean, and a bar from lowest to highest."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "importance"  # the same figures give the same file
+    from matplotlib import pyplot
+
+    variants = by_variant(figures)
+    columns = {"adapted": "right after pruning", "trained": "after training"}
+    figure, axes = pyplot.subplots(1, 2, figsize=(8, 0.6 + 0.4 * len(variants)), sharey=True)
+    for axis, (key, title) in zip(axes, columns.items(), strict=True):
+        for row, values in enumerate(variants.values()):
+            found = 100 * values[key]
+            axis.plot([found.min(), found.max()], [row, row], color="#7aa6d6", linewidth=5)
+            axis.plot(found.mean(), row, "o", color="#1f4e8c")
+        axis.axvline(100 * figures["float"]["accuracy"], color="#888888", linestyle=":")
+        axis.set_yticks(range(len(variants)), variants)
+        axis.set(title=title, xlabel="test accuracy, %")
+        axis.grid(axis="x", alpha=0.3)
+    axes[0].invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,213 @@
+"""The compressed model, and the way back from it to a plain one."""
+
+import inspect
+
+import keras
+
+from keras_compress.algorithms.pruning_plan import MaskedGraph
+from keras_compress.config import Config
+from keras_compress.graph.rebuild import deep_graphs, rebuild
+from keras_compress.graph.trace import require_built, trace
+from keras_compress.graph.walk import all_layers
+from keras_compress.graph.weight_map import WeightMap, restore
+from keras_compress.layers import (
+    PACKAGE,
+    CompressedLayer,
+    FakeQuantize,
+    exclude_from_weight_decay,
+)
+from keras_compress.quantizers import Quantizer
+
+STATISTICS = (
+    keras.layers.LayerNormalization,
+    keras.layers.GroupNormalization,
+    keras.layers.RMSNormalization,
+)
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class CompressedModel(keras.Model):
+    """A Functional model that remembers how it was compressed.
+
+    It is made by `compress_model` and saved and loaded like any Keras model. `compile` is the
+    user's next step.
+
+    Args:
+        *args, **kwargs: as for `keras.Model(inputs, outputs, name=...)`.
+        compression: dict with `config` (the configuration), `plan` (`Plan.to_dict()`),
+            `weight_map` (`WeightMap.to_dict()`) and `progress` (see there).
+    """
+
+    def __init__(self, *args, compression=None, **kwargs):
+        with deep_graphs():
+            super().__init__(*args, **kwargs)
+        self._compression = keras.tree.map_structure(lambda leaf: leaf, dict(compression or {}))
+
+    @property
+    def config(self):
+        """The `Config` the model was compressed with."""
+        return Config.load(self._compression.get("config", {}))
+
+    @property
+    def plan(self):
+        """What was done, as `Plan.to_dict()` gives it."""
+        return self._compression.get("plan", {})
+
+    @property
+    def weight_map(self):
+        """The `WeightMap` from the weights of the user's model, or None where it was not kept."""
+        found = self._compression.get("weight_map")
+        return found and WeightMap(**found)
+
+    @property
+    def progress(self):
+        """How far each algorithm is, {its name: dict}: saved with the model."""
+        return self._compression.setdefault("progress", {})
+
+    def graph(self):
+        """Return the `Graph` of the model."""
+        return trace(self)
+
+    def quantizers(self):
+        """Return every `Quantizer` in the model: of weights and of edges, each once."""
+        return quantizers_of(self)
+
+    def compile(self, *args, **kwargs):
+        """Compile as Keras does, keeping learned ranges out of weight decay."""
+        super().compile(*args, **kwargs)
+        bound = inspect.signature(keras.Model.compile).bind(self, *args, **kwargs)
+        # In a function, where Keras does not look for layers and variables.
+        given = {name: value for name, value in bound.arguments.items() if name != "self"}
+        self._given_to_compile = lambda: dict(given)
+        inner = getattr(self.optimizer, "inner_optimizer", self.optimizer)
+        ranges = [v for quantizer in self.quantizers() for v in quantizer.range_variables]
+        if ranges and inner is not None and not inner.built:
+            exclude_from_weight_decay(inner, ranges)
+
+    @property
+    def compiled_with(self):
+        """The arguments that `compile` was called with, {name: value}."""
+        return self._given_to_compile()
+
+    def compile_from_config(self, config):
+        """Compile as the saved model was; Keras asks for this wherever `compile` is overridden."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if self.optimizer is not None and self.built:
+            self.optimizer.build(self.trainable_variables)
+
+    def make_train_function(self, force=False):
+        """Make the training step, unless the model lacks the callback it needs."""
+        if any(q.observer is None and not q.calibrated for q in self.quantizers()):
+            require_ready(self)
+        return super().make_train_function(force=force)
+
+    def quantize(self, *args, **kwargs):
+        raise ValueError(
+            f"Model '{self.name}' is already compressed: Keras' own post-training `quantize` would "
+            "rewrite its layers. Call it on the plain model of `keras_compress.strip(model)`."
+        )
+
+    def get_config(self):
+        return super().get_config() | {"compression": self._compression}
+
+
+def strip(model, like=None):
+    """Return a plain Keras model: filters gone, weights baked in, quantizers of activations frozen.
+
+    Channels that masks switch off are taken out of every layer that they touch; the output stays
+    that of the compressed model, up to the order of sums. Without masks it is equal at inference
+    bit for bit. Only `keras.*` layers and `FakeQuantize` remain, the user's layers that were kept
+    whole, and `Parameter` and `BatchSized` layers of those that were taken apart.
+
+    With `like`, the result is a copy of that model instead, of its own classes and nesting, which
+    holds the same rounded weights and batch-norm statistics, and zeros where filters were pruned:
+    shapes stay. Activation quantizers have no place
+    in it and are left out: its output is the stripped model's up to the rounding of activations,
+    and up to the order of float operations where only weights are quantized.
+
+    Args:
+        model: a compressed model, or any model that holds compressed layers.
+        like: the model that `compress_model` was given, or another of the same structure, e.g.
+            loaded again from its file. It is left untouched. None: a flat Functional model.
+
+    Raises:
+        TypeError: `like` is not a Keras model.
+        ValueError: a quantizer still lacks its range; `like` is not built, has other weights or
+            cannot be copied; `model` does not know which weights it was made from.
+
+    Example:
+
+    ```python
+    compressed = kc.compress_model(classifier, config, data=train_ds)
+    ...
+    plain = kc.strip(compressed, like=classifier)
+    assert type(plain) is type(classifier)
+    ```
+    """
+    require_ready(model)
+    if like is not None:
+        _require_plain_statistics(model)
+        return restore(model, _weight_map_for(model, like), like)
+
+    graph = trace(model)
+    masked = MaskedGraph.of(graph)
+    narrowing = masked and masked.narrowing
+
+    def plain(node):
+        if isinstance(node.op, CompressedLayer):
+            config = node.op.get_config()
+            del config["transforms"]
+            changed = narrowing.configuration(node) if narrowing else {}
+            return node.op.keras_class.from_config(config | changed | {"name": node.name})
+        return None
+
+    stripped = rebuild(graph, swap=plain, narrowing=narrowing)
+    for layer in stripped.layers:
+        if isinstance(layer, FakeQuantize):
+            layer.trainable = False
+    return stripped
+
+
+def _require_plain_statistics(model):
+    """Raise where a layer keeps masked channels out of its statistics, which a plain one cannot."""
+    for layer in all_layers(model):
+        if isinstance(layer, STATISTICS) and isinstance(layer, CompressedLayer):
+            masks = [t for name in layer.weight_names for t in layer.transforms_of(name)]
+            if any(not mask.mask(axis).all() for mask in masks for axis in mask.axes):
+                raise ValueError(
+                    f"Layer '{layer.name}' takes its statistics over the channels that masks leave "
+                    "on, which the original's layer cannot do at its full width. Expected a model "
+                    "without normalization over pruned channels. Use "
+                    "`keras_compress.strip(model)` without `like`."
+                )
+
+
+def _weight_map_for(model, like):
+    require_built(like)
+    weight_map = getattr(model, "weight_map", None)
+    if weight_map is None:
+        raise ValueError(
+            "`like` needs a model made by this version of `compress_model`, which notes where "
+            f"each weight came from. Received: model '{model.name}' ({type(model).__name__}) "
+            "without such a map. Use `keras_compress.strip(model)` without `like`, or compress "
+            "the original model again."
+        )
+    return weight_map
+
+
+def quantizers_of(model):
+    """Return every `Quantizer` inside a model, each once."""
+    found = {id(x): x for x in all_layers(model) if isinstance(x, Quantizer)}
+    return list(found.values())
+
+
+def require_ready(model):
+    """Raise when a model still lacks what only training with the `Compress` callback gives."""
+    waiting = [quantizer.name for quantizer in quantizers_of(model) if not quantizer.calibrated]
+    if waiting:
+        raise ValueError(
+            f"Model '{model.name}' has {len(waiting)} quantizers without a range: it was "
+            "compressed without `data`. Train it with "
+            "`callbacks=[keras_compress.callbacks.Compress()]`, or call "
+            "`compress_model(model, config, data=...)`."
+        )

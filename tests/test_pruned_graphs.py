@@ -1,0 +1,103 @@
+"""Removed equals masked, on random graphs and on the architectures of `keras.applications`."""
+
+import hypothesis
+import keras
+import numpy as np
+import pytest
+from backend_helpers import BACKEND
+from export_helpers import randomized
+from hypothesis import strategies
+from pruning_helpers import assert_removed_is_masked
+from random_graphs import MOVES, random_model
+
+LEVELS = [0.3, 0.6]
+FAMILIES = {  # name -> smallest size of its images
+    "ResNet50": 32,
+    "ResNet50V2": 32,
+    "MobileNet": 32,
+    "MobileNetV2": 32,
+    "MobileNetV3Small": 32,
+    "EfficientNetB0": 32,
+    "EfficientNetV2B0": 32,
+    "DenseNet121": 32,
+    "InceptionV3": 75,
+    "Xception": 71,
+    "VGG16": 32,
+    "NASNetMobile": 32,
+    "ConvNeXtTiny": 32,
+}
+SMALL = ["MobileNetV2", "MobileNetV3Small", "ResNet50", "ConvNeXtTiny"]
+
+moves = strategies.lists(
+    strategies.tuples(strategies.sampled_from(sorted(MOVES)), strategies.integers(0, 999)),
+    min_size=4,
+    max_size=12,
+)
+random_graphs = hypothesis.given(moves=moves, level=strategies.sampled_from(LEVELS))
+deterministic = {
+    "derandomize": True,
+    "deadline": None,
+    "database": None,
+    "suppress_health_check": list(hypothesis.HealthCheck),
+}
+
+
+def check(moves, level):
+    keras.utils.clear_session(free_memory=False)
+    assert_removed_is_masked(random_model(moves), level)
+
+
+@hypothesis.settings(max_examples=25, **deterministic)
+@random_graphs
+def test_random_graphs(moves, level):
+    check(moves, level)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@hypothesis.settings(max_examples=200, **deterministic)
+@random_graphs
+def test_many_random_graphs(moves, level):
+    check(moves, level)
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_every_move(name):
+    """Each of them alone, and twice: whatever the random graphs happen to hold."""
+    check([(name, 1), ("convolution", 2), (name, 3)], 0.6)
+
+
+def check_family(name, level):
+    """Prune a family's model; what `assert_removed_is_masked` gives, with `loss`, of one step."""
+    if BACKEND != "tensorflow":
+        pytest.skip("the architectures run on TensorFlow; their rules are tested on every backend")
+    size = FAMILIES[name]
+    build = getattr(keras.applications, name)
+    model = randomized(
+        build(
+            weights=None,
+            input_shape=(size, size, 3),
+            classes=10,
+            classifier_activation=None,
+        )
+    )
+    images = np.random.default_rng(0).uniform(0, 255, (4, size, size, 3)).astype("float32")
+    result = assert_removed_is_masked(model, level, images)
+    assert result.change > 1e-2
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    result.small.compile("sgd", loss)
+    result.loss = result.small.train_on_batch(images, np.arange(4))
+    assert np.isfinite(result.loss)
+    return result
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_small_architectures(name):
+    check_family(name, 0.6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_architectures(name, level):
+    check_family(name, level)
