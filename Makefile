@@ -44,6 +44,7 @@ bench: setup
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/compress_time.py
 	$(BIN)/python benchmarks/ir_latency.py
+	$(BIN)/python benchmarks/pruned_latency.py
 
 coverage: setup
 	$(BIN)/python -m pip install --quiet -e '.[dev,bench,hub]'

@@ -39,7 +39,7 @@ EXAMPLES = Path(__file__).resolve().parent
 WORK = Path("cifar10_prune_quantize")
 BATCH = 128
 PEAK = 0.03
-CALIBRATION = 8  # batches
+ADAPTATION = 16  # batches
 
 app = typer.Typer(add_completion=False, help=__doc__.partition("\n")[0])
 Data = Annotated[Path, typer.Option(help="Folder with the CIFAR-10 binary files.")]
@@ -54,30 +54,48 @@ Work = Annotated[Path, typer.Option(help="Folder for the results.")]
 # ---------------------------------------------------------------- both commands
 
 
+@dataclass(frozen=True)
+class Training:
+    """What all trainings of a command share."""
+
+    data: Path
+    checkpoint: Path
+    epochs: int
+    steps: int
+
+    def run(self, config, seed=0, callbacks=()):
+        """Returns the float model, compressed and trained; one seed gives one order of images."""
+        keras.utils.set_random_seed(seed)
+        train, validation, _ = load_datasets(self.data, BATCH)
+        model = keras.models.load_model(self.checkpoint, compile=False)
+        self.compile(model)  # a learned ranking is found by training
+        model = kc.compress_model(model, config, data=train, verbose=False)
+        self.compile(model)
+        callbacks = [kc.callbacks.Compress(), *callbacks]
+        fit(model, train.take(self.steps), validation, self.epochs, callbacks)
+        return model
+
+    def compile(self, model):
+        """Compiles a model for all epochs."""
+        steps = self.epochs * self.steps
+        compile_model(model, PEAK, steps, warmup=steps // 50)
+
+
 def configuration(name):
     """Returns a configuration of this folder as a dictionary."""
     return json5.loads((EXAMPLES / name).read_text())
 
 
 def prepared(data, checkpoint, work):
-    """Returns the datasets; what is missing is an error of the command line."""
-    work.mkdir(parents=True, exist_ok=True)
+    """Returns the datasets and the float model; what is missing is an error of the command line."""
     if not checkpoint.exists():
         raise typer.BadParameter(f"no float model there. Received: {checkpoint}")
     try:
-        return load_datasets(data, BATCH)
+        datasets = load_datasets(data, BATCH)
     except FileNotFoundError as error:
         raise typer.BadParameter(str(error), param_hint="--data") from error
-
-
-def compress_and_fit(checkpoint, config, datasets, epochs, steps, callbacks=()):
-    """Returns the model of a checkpoint, compressed and trained from a fixed learning rate."""
-    train, validation, _ = datasets
-    model = keras.models.load_model(checkpoint, compile=False)
-    model = kc.compress_model(model, config, data=train.take(CALIBRATION), verbose=False)
-    compile_model(model, PEAK, epochs * steps, warmup=epochs * steps // 50)
-    fit(model, train.take(steps), validation, epochs, [kc.callbacks.Compress(), *callbacks])
-    return model
+    work.mkdir(parents=True, exist_ok=True)
+    return datasets, keras.models.load_model(checkpoint, compile=False)
 
 
 def accuracy(model, dataset):
@@ -98,17 +116,16 @@ def main(
     work: Work = WORK,
 ):
     """Prunes 40 % of the filters with and without int8, each in one fit, and prints a table."""
-    datasets = prepared(data, checkpoint, work)
+    (_, _, test), model = prepared(data, checkpoint, work)
+    training = Training(data, checkpoint, epochs, steps)
     config = configuration("cifar10_prune_quantize.json")
     pruning_alone = config | {"compression": config["compression"][:1]}
-    models = {"float": keras.models.load_model(checkpoint, compile=False)}
-    seconds = {"float": 0.0}
+    models, seconds = {"float": model}, {"float": 0.0}
     for name, each in (("pruned", pruning_alone), ("pruned + int8", config)):
-        keras.utils.set_random_seed(0)
         began = time.perf_counter()
-        models[name] = compress_and_fit(checkpoint, each, datasets, epochs, steps)
+        models[name] = training.run(each)
         seconds[name] = time.perf_counter() - began
-    compare(models, seconds, datasets[2], work)
+    compare(models, seconds, test, work)
 
 
 def compare(models, seconds, test, work):
@@ -161,18 +178,35 @@ class Variant:
     params: dict
 
 
-# To compare another one, such as a learned ranking, add a row.
+CRITERIA = ("L1", "L2", "geometric_median", "batch_norm_scale", "taylor", "random")
+LEGR = {"generations": 30, "population_size": 10, "num_samples": 4, "train_steps": 20}
 VARIANTS = (
-    *(
-        Variant(criterion, {"filter_importance": criterion})
-        for criterion in ("L1", "L2", "geometric_median", "batch_norm_scale", "taylor", "random")
+    *(Variant(criterion, {"filter_importance": criterion}) for criterion in CRITERIA),
+    Variant("L2, all_weights", {"filter_importance": "L2", "all_weights": True}),
+    Variant(
+        "L2, learned_ranking",
+        {
+            "filter_importance": "L2",
+            "interlayer_ranking_type": "learned_ranking",
+            "legr_params": LEGR,
+        },
     ),
 )
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one training of one variant came to; accuracies are fractions of the test images."""
+    """What one training of one variant came to.
+
+    Attributes:
+        variant: its name.
+        seed: what decides the order of the images, and what `random` prunes.
+        parameters: of the model after removal.
+        flops: of the model after removal.
+        pruned: test accuracy as soon as the filters are off, a fraction.
+        adapted: the same with the statistics of batch normalization taken anew.
+        trained: test accuracy after training.
+    """
 
     variant: str
     seed: int
@@ -181,22 +215,21 @@ class Result:
     pruned: float
     adapted: float
     trained: float
-    seconds: float
 
 
-class WhenPruned(keras.callbacks.Callback):
-    """Calls a function with the model once, as soon as masks switch filters off.
+class AtEpoch(keras.callbacks.Callback):
+    """Calls a function with the model when an epoch begins, and keeps its `result`.
 
-    It comes after `Compress` in the list of callbacks.
+    Behind `Compress` in the list of callbacks, it finds the masks of that epoch in the model.
 
     Args:
+        epoch: the epoch, counted from 0.
         function: what to call.
-        epoch: the epoch that begins with new masks.
     """
 
-    def __init__(self, function, epoch):
+    def __init__(self, epoch, function):
         super().__init__()
-        self.function, self.epoch, self.result = function, epoch, None
+        self.epoch, self.function, self.result = epoch, function, None
 
     def on_epoch_begin(self, epoch, logs=None):
         if epoch == self.epoch:
@@ -215,32 +248,30 @@ def criteria(
     """Prunes 40 % of the FLOPs by every criterion; writes importance.json and importance.svg."""
     if importlib.util.find_spec("matplotlib") is None:
         raise typer.BadParameter("the figure needs matplotlib: pip install matplotlib")
-    datasets = prepared(data, checkpoint, work)
-    model = keras.models.load_model(checkpoint, compile=False)
-    before = accuracy(model, datasets[2])
-    results = []
-    for seed in range(repeats):
-        for variant in VARIANTS:
-            results.append(measure(variant, seed, checkpoint, datasets, epochs, steps))
-            print(results[-1], flush=True)
+    (train, _, test), model = prepared(data, checkpoint, work)
+    training = Training(data, checkpoint, epochs, steps)
+    samples = [[images.numpy()] for images, _ in train.take(ADAPTATION)]
     figures = {
-        "float": {"accuracy": before, "flops": kc.report(model).flops},
+        "float": {"accuracy": accuracy(model, test), "flops": kc.report(model).flops},
         "epochs": epochs,
         "images_per_epoch": steps * BATCH,
-        "results": [asdict(result) for result in results],
+        "results": [],
     }
+    for seed in range(repeats):
+        for variant in VARIANTS:
+            result = measure(variant, seed, training, samples, test)
+            print(result, flush=True)
+            figures["results"].append(asdict(result))
     (work / "importance.json").write_text(json.dumps(figures, indent=1) + "\n")
     plot(figures, work / "importance.svg")
     Console(width=120).print(criteria_table(figures))
 
 
-def measure(variant, seed, checkpoint, datasets, epochs, steps):
+def measure(variant, seed, training, samples, test):
     """Returns the `Result` of a variant: masks after one epoch, then training on."""
-    train, _, test = datasets
     config = configuration("cifar10_criteria.json")
     params = config["compression"]["params"]
     params |= variant.params | {"random_seed": seed}
-    samples = [[images.numpy()] for images, _ in train.take(CALIBRATION)]
 
     def right_after(model):
         pruned = kc.strip(model)  # a copy: the training goes on from where it was
@@ -248,22 +279,11 @@ def measure(variant, seed, checkpoint, datasets, epochs, steps):
         adapt_batch_norm(pruned, samples)
         return at_once, accuracy(pruned, test)
 
-    keras.utils.set_random_seed(seed)
-    pruned = WhenPruned(right_after, params["num_init_steps"])
-    began = time.perf_counter()
-    model = compress_and_fit(checkpoint, config, datasets, epochs, steps, [pruned])
-    seconds = time.perf_counter() - began
-    stripped = kc.strip(model)
+    pruned = AtEpoch(params["num_init_steps"], right_after)
+    stripped = kc.strip(training.run(config, seed, [pruned]))
     report = kc.report(stripped)
-    return Result(
-        variant.name,
-        seed,
-        report.parameters,
-        report.flops,
-        *pruned.result,
-        accuracy(stripped, test),
-        seconds,
-    )
+    trained = accuracy(stripped, test)
+    return Result(variant.name, seed, report.parameters, report.flops, *pruned.result, trained)
 
 
 def by_variant(figures):

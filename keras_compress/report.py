@@ -8,12 +8,14 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 
+from keras_compress.algorithms import FilterPruning
 from keras_compress.compressed_layer import CompressedLayer, layer_spec
 from keras_compress.compressed_model import CompressedModel
 from keras_compress.export.integer_weights import integer_weight
 from keras_compress.graph.flops import flops
 from keras_compress.graph.trace import trace
 from keras_compress.graph.walk import Role
+from keras_compress.plan import size_table
 from keras_compress.quantizers import Quantizer, SymmetricQuantizer
 from keras_compress.rendering import Rendered
 
@@ -55,11 +57,13 @@ class Report(Rendered):
 
     Attributes:
         model: name of the model.
-        layers: tuple of `LayerReport` in execution order.
+        layers: tuple of `LayerReport` in execution order, masked filters included.
+        sizes: tuple of `SizeEntry`: what is left without the filters that masks switch off.
     """
 
     model: str
     layers: tuple
+    sizes: tuple = ()
 
     @property
     def parameters(self):
@@ -106,11 +110,14 @@ class Report(Rendered):
                 {"layer": layer.layer, "reason": layer.reason, "share": self.share(layer)}
                 for layer in self.left_alone
             ],
+            "sizes": [dataclasses.asdict(size) | {"level": size.level} for size in self.sizes],
             **{name: getattr(self, name) for name in totals},
         }
 
     def renderable(self):
         parts = [self._layer_table()]
+        if self.sizes:
+            parts.append(size_table(self.sizes))
         if self.left_alone:
             title = f"Left in float ({self.float_share:.2%} of the FLOPs)"
             table = Table(
@@ -186,7 +193,14 @@ def report(model):
         if node.role is not Role.FAKE_QUANTIZE
     )
     shown = (layer for layer in layers if layer.parameters or layer.flops or layer.reason)
-    return Report(graph.name, tuple(shown))
+    return Report(graph.name, tuple(shown), _sizes(model))
+
+
+def _sizes(model):
+    if not isinstance(model, CompressedModel):
+        return ()
+    algorithms = [a for a in model.config.algorithms if isinstance(a, FilterPruning)]
+    return tuple(size for algorithm in algorithms for size in algorithm.sizes(model))
 
 
 def _layer_report(node, count, reason):

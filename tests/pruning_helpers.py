@@ -28,9 +28,8 @@ def run(model, inputs):
     return [numpy(y) for y in keras.tree.flatten(model(inputs, training=False))]
 
 
-def pruned(model, level=0.5, **params):
+def pruned(model, config):
     """Return the masked model, the smaller one and the sizes {quantity: (full, now)} planned."""
-    config = pruning_config(level, **params)
     sizes = {size.what: (size.full, size.now) for size in kc.plan(model, config).sizes}
     masked = kc.compress_model(model, config, verbose=False)
     return types.SimpleNamespace(masked=masked, small=kc.strip(masked), sizes=sizes)
@@ -73,7 +72,7 @@ def flops_of(small, model, inputs):
     return total_flops(graph, RunShapes(graph, inputs)) if known else total_flops(graph)
 
 
-def assert_removed_is_masked(model, level=0.5, inputs=None, tolerance=TOLERANCE, **params):
+def assert_removed_is_masked(model, level=0.5, inputs=None, config=None, **params):
     """Prune a model; the smaller one computes what the masked one does, and is as small as planned.
 
     Returns:
@@ -82,11 +81,11 @@ def assert_removed_is_masked(model, level=0.5, inputs=None, tolerance=TOLERANCE,
     """
     inputs = models.inputs_for(model) if inputs is None else inputs
     before = run(model, inputs)
-    result = pruned(model, level, **params)
+    result = pruned(model, config or pruning_config(level, **params))
     masked, small = run(result.masked, inputs), run(result.small, inputs)
     result.error = difference(small, masked, before)
     result.change = difference(masked, before)
-    assert result.error <= tolerance
+    assert result.error <= TOLERANCE
     assert result.small.count_params() == result.sizes["parameters"][1]
     assert flops_of(result.small, model, inputs) == result.sizes["FLOPs"][1]
     assert model.count_params() == result.sizes["parameters"][0]

@@ -5,8 +5,8 @@ import keras
 import models
 import numpy as np
 import pytest
-from keras import layers
-from pruning_helpers import flops_of, groups_of, run
+from keras import layers, ops
+from pruning_helpers import assert_removed_is_masked, flops_of, groups_of, run
 
 from keras_compress.graph.channel_labels import READ, Labels
 from keras_compress.graph.channels import Coupling, Slice, couple
@@ -224,6 +224,19 @@ def test_a_layer_with_channels_of_two_groups_numbers_their_names():
     model = keras.Model(inputs, [x[..., :4], y], name="halves")
     given_out = "the model gives it out"
     assert groups_of(model) == {"a": (4, given_out), "a (2)": 4, "out": (3, given_out)}
+
+
+def test_no_part_of_a_split_can_lose_all_of_its_channels():
+    """Parts are groups of their own, and of each group one channel stays."""
+    inputs = keras.Input((6, 6, 3), name="image")
+    left, right = ops.split(layers.Conv2D(8, 3, name="a")(inputs), [2], axis=-1)
+    left = layers.Conv2D(4, 1, activation="relu", name="left")(left)
+    x = ops.concatenate([left, layers.Conv2D(4, 1, name="right")(right)], axis=-1)
+    model = models.randomize(keras.Model(inputs, layers.Conv2D(2, 1, name="head")(x)))
+    groups = groups_of(model)
+    assert (groups["a"], groups["a (2)"]) == (2, 6)
+    small = assert_removed_is_masked(model, 0.99).small
+    assert [small.get_layer(name).kernel.shape[-2] for name in ("left", "right")] == [1, 1]
 
 
 def test_every_channel_of_a_group_has_one_reason_the_first():

@@ -7,7 +7,7 @@ import pytest
 from backend_helpers import BACKEND
 from export_helpers import randomized
 from hypothesis import strategies
-from pruning_helpers import assert_removed_is_masked
+from pruning_helpers import assert_removed_is_masked, pruning_config
 from random_graphs import MOVES, random_model
 
 LEVELS = [0.3, 0.6]
@@ -65,6 +65,40 @@ def test_many_random_graphs(moves, level):
 def test_every_move(name):
     """Each of them alone, and twice: whatever the random graphs happen to hold."""
     check([(name, 1), ("convolution", 2), (name, 3)], 0.6)
+
+
+PARAMS = [
+    {"prune_batch_norms": False},
+    {"all_weights": True, "filter_importance": "L2"},
+    {"filter_importance": "geometric_median", "round_to": 4},
+    {"interlayer_ranking_type": "unweighted_ranking", "prune_first_conv": False},
+]
+MOVES_OF_ALL_KINDS = [(name, seed) for seed, name in enumerate(sorted(MOVES))]
+
+
+@pytest.mark.parametrize("params", PARAMS, ids=lambda params: next(iter(params)))
+def test_other_choices(params):
+    result = assert_removed_is_masked(random_model(MOVES_OF_ALL_KINDS), 0.4, **params)
+    assert result.change > 1e-2
+
+
+@pytest.mark.parametrize("quantity", ["parameters", "FLOPs"])
+def test_other_targets(quantity):
+    model = random_model(MOVES_OF_ALL_KINDS)
+    target = {f"pruning_{quantity.lower()}_target": 0.3}
+    config = pruning_config(**target)
+    del config["compression"]["params"]["pruning_target"]
+    result = assert_removed_is_masked(model, config=config)
+    full, now = result.sizes[quantity]
+    assert 0.3 <= 1 - now / full < 0.45
+
+
+def test_pruned_again():
+    """What was removed once is an ordinary model."""
+    model = random_model(MOVES_OF_ALL_KINDS)
+    once = assert_removed_is_masked(model, 0.3)
+    twice = assert_removed_is_masked(once.small, 0.3)
+    assert twice.sizes["parameters"][0] == once.sizes["parameters"][1]
 
 
 def check_family(name, level):

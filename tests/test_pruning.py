@@ -494,6 +494,15 @@ def test_masks_that_disagree_are_refused():
         kc.strip(model)
 
 
+def test_report_says_what_the_masks_leave():
+    model = compressed()
+    sizes = {size.what: size for size in kc.report(model).sizes}
+    small = kc.report(kc.strip(model))
+    assert (sizes["FLOPs"].now, sizes["parameters"].now) == (small.flops, small.parameters)
+    assert sizes["FLOPs"].full == kc.report(network()).flops == kc.report(model).flops
+    assert small.sizes == () and "current" in str(kc.report(model))
+
+
 def test_an_unpruned_model_keeps_everything():
     model = compressed(pruning(pruning_target=0.5))
     assert MaskedGraph.of(model.graph()).keep.all()

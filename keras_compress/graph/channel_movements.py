@@ -22,7 +22,8 @@ def movement(labels, node, given):
     samples, results = _samples(node)
     tensors = {}
     for edge, each in zip(node.inputs, given, strict=True):
-        tensors[edge] = _spread(edge, each, samples if edge in node.carried else results)
+        spread = _spread(edge, each, samples if edge in node.carried else results)
+        tensors[edge] = keras.ops.convert_to_tensor(spread)
 
     def fill(leaf):
         return tensors[leaf] if isinstance(leaf, Edge) else leaf

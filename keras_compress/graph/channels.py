@@ -43,6 +43,8 @@ class Slice:
 class ChannelGroup:
     """Channels that the same layers produce: pruning ranks them among each other.
 
+    Where a tensor holds some of them only, as parts of a split do, these are a group of their own.
+
     Attributes:
         name: the first layer that produces them, numbered where it produces several groups.
         layers: names of all layers that produce them.
@@ -122,7 +124,7 @@ def couple(graph):
     return Coupling(
         slices,
         {e: (each.axis, channels[each.labels]) for e, each in edges.items() if each is not None},
-        tuple(_groups(slices, reasons)),
+        tuple(_groups(slices, reasons, _holders(channels, edges))),
         count,
     )
 
@@ -154,8 +156,21 @@ def _layout(given):
     return [each and each.axis for each in given]
 
 
-def _groups(slices, reasons):
-    """Yield the groups of channels that the same weights produce."""
+def _holders(channels, edges):
+    """Return {channel: numbers of the tensors that hold it}; those of the same channels are one."""
+    held = [np.unique(channels[each.labels]) for each in edges.values() if each is not None]
+    holders = collections.defaultdict(list)
+    for number, found in enumerate({each.tobytes(): each for each in held}.values()):
+        for channel in found.tolist():
+            holders[channel].append(number)
+    return holders
+
+
+def _groups(slices, reasons, holders):
+    """Yield the groups of channels that the same weights produce and the same tensors hold.
+
+    As long as one channel of each group stays, no tensor is left without any.
+    """
     producers = collections.defaultdict(list)  # channel -> indices of slices that produce it
     for index, each in enumerate(slices):
         if each.role == PRODUCED:
@@ -163,9 +178,11 @@ def _groups(slices, reasons):
                 producers[channel].append(index)
     members = collections.defaultdict(list)
     for channel, indices in producers.items():
-        members[tuple(indices), reasons.get(channel, "")].append(channel)
+        reason = reasons.get(channel, "")
+        parts = () if reason else tuple(holders[channel])
+        members[tuple(indices), reason, parts].append(channel)
     names = collections.Counter()
-    for (indices, reason), channels in members.items():
+    for (indices, reason, _), channels in members.items():
         layers = tuple(dict.fromkeys(slices[index].layer for index in indices))
         names[layers[0]] += 1
         number = names[layers[0]]
