@@ -49,6 +49,7 @@ class Compress(keras.callbacks.Callback):
         self._paused = []
         self._training = False
         self._epoch = 0
+        self._steps = None  # optimizer's steps in an epoch, once that is known
         # Before `fit` makes its training step: what observes must be in it from the first batch.
         self._step(model)
 
@@ -57,7 +58,12 @@ class Compress(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None):
         self._epoch = epoch
+        self._first_step = self._done(self.model)
         self._begin_epoch(self.model)
+
+    def on_epoch_end(self, epoch, logs=None):
+        if self._steps is None:
+            self._steps = max(self._done(self.model) - self._first_step, 1)
 
     def on_train_batch_begin(self, batch, logs=None):
         self._begin_epoch(self.model)
@@ -92,16 +98,23 @@ class Compress(keras.callbacks.Callback):
     on_predict_end = on_test_end
 
     def _step(self, model):
-        step = int(keras.ops.convert_to_numpy(model.optimizer.iterations))
-        self._moving = [algorithm for algorithm in self._moving if algorithm.update(model, step)]
+        step, length = self._done(model), self._epoch_length()
+        epoch = step / length if length else None
+        self._moving = [a for a in self._moving if a.update(model, step, epoch)]
         observing = any(quantizer.observer is not None for quantizer in quantizers_of(model))
         self._run_eagerly(model, self._eager_by_user or observing)
 
+    def _done(self, model):
+        return int(keras.ops.convert_to_numpy(model.optimizer.iterations))
+
+    def _epoch_length(self):
+        """Return the number of steps in an epoch, None until it is known."""
+        return (self.params or {}).get("steps") or self._steps
+
     def _begin_epoch(self, model):
         """Tell every algorithm of a new epoch, counted by the optimizer's steps where possible."""
-        steps = (self.params or {}).get("steps")
-        done = int(keras.ops.convert_to_numpy(model.optimizer.iterations))
-        epoch = done // steps if steps else self._epoch
+        length = self._epoch_length()
+        epoch = self._done(model) // length if length else self._epoch
         if model.progress.get("epoch") == epoch:
             return
         for algorithm in _algorithms(model):

@@ -4,6 +4,7 @@ import inspect
 
 import keras
 
+from keras_compress.algorithms.base import Algorithm
 from keras_compress.algorithms.pruning_plan import MaskedGraph
 from keras_compress.config import Config
 from keras_compress.graph.rebuild import deep_graphs, rebuild
@@ -42,6 +43,8 @@ class CompressedModel(keras.Model):
         with deep_graphs():
             super().__init__(*args, **kwargs)
         self._compression = keras.tree.map_structure(lambda leaf: leaf, dict(compression or {}))
+        built = (algorithm for algorithm in self.config.algorithms if algorithm.built)
+        self._algorithms_with_loss = [a for a in built if type(a).loss is not Algorithm.loss]
 
     @property
     def config(self):
@@ -63,6 +66,15 @@ class CompressedModel(keras.Model):
     def progress(self):
         """How far each algorithm is, {its name: dict}: saved with the model."""
         return self._compression.setdefault("progress", {})
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        """Compute the loss as Keras does; in training, with what the algorithms add to it."""
+        loss = super().compute_loss(x, y, y_pred, sample_weight, training)
+        for algorithm in self._algorithms_with_loss if training else ():
+            added = algorithm.loss(self)
+            if added is not None:
+                loss = loss + added
+        return loss
 
     def graph(self):
         """Return the `Graph` of the model."""

@@ -49,15 +49,7 @@ class Schedule:
             SCHEDULES[name] = cls
 
     def __post_init__(self):
-        for name in ("init", "target"):
-            level = getattr(self, name)
-            if not 0 <= level < 1:
-                raise ValueError(f"Expected a level in [0, 1). Received: {name}={level!r}")
-        if self.init > self.target:
-            raise ValueError(
-                "Expected an initial level that is not above the target. Received: "
-                f"init={self.init!r}, target={self.target!r}"
-            )
+        check_levels(self.init, self.target)
         for name, smallest in (("num_init_steps", 0), ("pruning_steps", 1)):
             steps = getattr(self, name)
             if not isinstance(steps, numbers.Integral) or steps < smallest:
@@ -71,7 +63,7 @@ class Schedule:
         return self.num_init_steps + self.pruning_steps - 1
 
     def __call__(self, epoch):
-        if _checked_epoch(epoch) < self.num_init_steps:
+        if checked_epoch(epoch) < self.num_init_steps:
             return 0.0
         if epoch >= self.target_epoch:
             return float(self.target)
@@ -83,7 +75,7 @@ class Schedule:
 
         The masks of the target are set in `target_epoch` itself, and those stay.
         """
-        return _checked_epoch(epoch) > self.target_epoch
+        return checked_epoch(epoch) > self.target_epoch
 
 
 class Baseline(Schedule, name="baseline"):
@@ -142,7 +134,7 @@ class Exponential(Schedule, name="exponential"):
 
     def curve(self, share):
         """Return the level at a share in [0, 1) of the ramp."""
-        return 1 - (1 - self.init) * ((1 - self.target) / (1 - self.init)) ** share
+        return exponential_level(self.init, self.target, share)
 
 
 class ExponentialWithBias(Schedule, name="exponential_with_bias"):
@@ -206,7 +198,45 @@ class ExponentialWithBias(Schedule, name="exponential_with_bias"):
         return self.init + (self.target - self.init) * share
 
 
-def _checked_epoch(epoch):
+def exponential_level(init, target, share):
+    """Level at a share of a ramp in which the density, `1 - level`, shrinks by one factor.
+
+    Formula:
+
+        level = 1 - (1 - init) * ((1 - target) / (1 - init)) ** share
+
+    Args:
+        init: level in [0, target] at share 0.
+        target: level in [0, 1) at share 1.
+        share: number in [0, 1].
+
+    Example:
+
+    >>> [exponential_level(0.0, 0.75, share) for share in (0, 0.5, 1)]
+    [0.0, 0.5, 0.75]
+    """
+    return 1 - (1 - init) * ((1 - target) / (1 - init)) ** share
+
+
+def check_level(name, level):
+    """Raise a `ValueError` unless a level lies in [0, 1)."""
+    if not 0 <= level < 1:
+        raise ValueError(f"Expected a level in [0, 1). Received: {name}={level!r}")
+
+
+def check_levels(init, target):
+    """Raise a `ValueError` unless `0 <= init <= target < 1`."""
+    check_level("init", init)
+    check_level("target", target)
+    if init > target:
+        raise ValueError(
+            "Expected an initial level that is not above the target. Received: "
+            f"init={init!r}, target={target!r}"
+        )
+
+
+def checked_epoch(epoch):
+    """Return the epoch; raise a `ValueError` unless it is a number of at least 0."""
     if not epoch >= 0:
         raise ValueError(f"Expected an epoch of at least 0. Received: epoch={epoch!r}")
     return epoch

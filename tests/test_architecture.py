@@ -30,8 +30,10 @@ PRIVATE_NAMES = r"""
 """
 # Lower may not import higher. A package counts with everything inside it.
 LEVELS = [
-    {"schedules", "importance", "options", "scopes", "ranges", "rendering"},
-    {"transforms", "fake_quantize", "quantizers", "masks", "layer_specs", "accuracy_aware"},
+    {"schedules", "sparsity_schedules", "importance", "sparsity"}
+    | {"options", "scopes", "ranges", "rendering"},
+    {"transforms", "fake_quantize", "quantizers", "masks", "weight_masks"}
+    | {"layer_specs", "accuracy_aware"},
     {"layers", "prunable_layers", "compressed_layer"},
     {"graph", "plan"},
     {"algorithms"},

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 from backend_helpers import BACKEND, numpy
+from export_helpers import randomized
 from keras import layers
 
 import keras_compress as kc
@@ -26,17 +27,6 @@ def network(width=16):
     x = layers.Conv2D(width, 3, strides=2, activation="relu", name="last")(x)
     outputs = layers.Dense(4, name="head")(layers.GlobalAveragePooling2D()(x))
     return randomized(keras.Model(inputs, outputs, name="network"))
-
-
-def randomized(model):
-    random = np.random.default_rng(1)
-    for variable in model.weights:
-        kind = variable.path.rpartition("/")[2]
-        if kind in ("gamma", "moving_variance"):
-            variable.assign(random.uniform(0.5, 1.5, variable.shape))
-        elif kind in ("beta", "bias", "moving_mean"):
-            variable.assign(random.normal(0, 0.2, variable.shape))
-    return model
 
 
 def data(samples=32, seed=0):

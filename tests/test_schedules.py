@@ -44,7 +44,7 @@ def test_configuration_names():
 
 def test_examples_in_the_docstrings():
     result = doctest.testmod(schedules)
-    assert result.failed == 0 and result.attempted == 9
+    assert result.failed == 0 and result.attempted == 10
 
 
 def test_baseline_by_hand():

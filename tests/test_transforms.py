@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from backend_helpers import numpy
 
+import keras_compress.weight_masks  # noqa: F401  (its classes register themselves)
 from keras_compress.transforms import TRANSFORMS, Transform
 
 

@@ -131,12 +131,21 @@ class Algorithm(ValidatedScopes):
             batches: Iterable of flat lists of input arrays, or None without data.
         """
 
-    def update(self, model: Any, step: int) -> bool:
-        """Moves along with training, `step` being `optimizer.iterations`.
+    def update(self, model: Any, step: int, epoch: float | None) -> bool:
+        """Moves along with training.
+
+        Args:
+            model: The compressed model.
+            step: `optimizer.iterations`.
+            epoch: That in epochs, with a fraction; None where their length is not known yet.
 
         Returns whether it wants to be called after the next step too.
         """
         return False
+
+    def loss(self, model: Any) -> Any:
+        """Returns what is added to the loss of every training step: a scalar tensor, or None."""
+        return None
 
     def begin_epoch(self, model: Any, epoch: int) -> None:
         """Called once at the start of every epoch, counted from 0 by the optimizer's steps."""

@@ -97,7 +97,7 @@ class Quantization(Algorithm):
         calibration.run(model, batches, self._range_samples)
         calibration.set_activation_ranges(model)
 
-    def update(self, model, step: int) -> bool:
+    def update(self, model, step: int, epoch: float | None) -> bool:
         """Without calibration data, reads activation ranges off the first training batches."""
         seen = calibration.samples_seen(model)
         if seen is None:

@@ -5,6 +5,7 @@ from typing import Literal
 import pydantic
 
 from keras_compress.options import Flag, Options, integer, number, option
+from keras_compress.sparsity_schedules import SPARSITY_SCHEDULES
 
 Sparsity = number(0, below=1)
 
@@ -31,6 +32,39 @@ class SparsityParams(Options):
     patience: integer(0) = option(1, "Epochs to wait; adaptive schedule only.")
     power: number(0) = option(0.9, "Exponent; polynomial schedule only.")
     concave: Flag = option(True, "Fast first, then slow; polynomial schedule only.")
+
+    def schedule_from(self, init: float):
+        """Returns the course of the level: a `SparsitySchedule` that starts at `init`."""
+        make = SPARSITY_SCHEDULES[self.schedule]
+        freeze = {"freeze_epoch": self.sparsity_freeze_epoch}
+        if self.schedule == "multistep":
+            levels = self.multistep_sparsity_levels
+            return make(steps=self.multistep_steps, levels=levels, **freeze)
+        if self.schedule == "adaptive":
+            return make(init=init, target=self.final_sparsity, patience=self.patience, **freeze)
+        shape = {"power": self.power, "concave": self.concave}
+        return make(
+            init=init,
+            target=self.final_sparsity,
+            target_epoch=self.sparsity_target_epoch,
+            **(shape if self.schedule == "polynomial" else {}),
+            **freeze,
+        )
+
+    @property
+    def final_sparsity(self) -> float:
+        """The level in the end."""
+        multistep = self.schedule == "multistep"
+        return self.multistep_sparsity_levels[-1] if multistep else self.sparsity_target
+
+    @pydantic.model_validator(mode="after")
+    def _check_per_step(self):
+        if self.update_per_optimizer_step and self.schedule != "polynomial":
+            raise ValueError(
+                "expected schedule='polynomial' with update_per_optimizer_step. Received: "
+                f"schedule={self.schedule!r}"
+            )
+        return self
 
     @pydantic.model_validator(mode="after")
     def _check_levels(self):
