@@ -4,10 +4,12 @@
     python examples/cifar10_prune_quantize.py criteria --data cifar-10-batches-bin
 
 `main` takes 40 % of the filters away and compares float, pruned and pruned + int8, as trained and
-as OpenVINO IR. `criteria` compares how filters are chosen, at equal FLOPs; it needs matplotlib.
+as OpenVINO IR. `criteria` compares how filters are chosen, at equal FLOPs; it needs matplotlib. It
+can be interrupted: the same command carries on after the last finished training.
 """
 
 import importlib.util
+import itertools
 import json
 import os
 import time
@@ -250,21 +252,36 @@ def criteria(
         raise typer.BadParameter("the figure needs matplotlib: pip install matplotlib")
     (train, _, test), model = prepared(data, checkpoint, work)
     training = Training(data, checkpoint, epochs, steps)
-    samples = [[images.numpy()] for images, _ in train.take(ADAPTATION)]
+    path = work / "importance.json"
     figures = {
-        "float": {"accuracy": accuracy(model, test), "flops": kc.report(model).flops},
         "epochs": epochs,
         "images_per_epoch": steps * BATCH,
-        "results": [],
+        "results": found(path, training),
     }
-    for seed in range(repeats):
-        for variant in VARIANTS:
+    figures["float"] = {"accuracy": accuracy(model, test), "flops": kc.report(model).flops}
+    samples = [[images.numpy()] for images, _ in train.take(ADAPTATION)]
+    done = {(result["variant"], result["seed"]) for result in figures["results"]}
+    for seed, variant in itertools.product(range(repeats), VARIANTS):
+        if (variant.name, seed) not in done:
             result = measure(variant, seed, training, samples, test)
-            print(result, flush=True)
             figures["results"].append(asdict(result))
-    (work / "importance.json").write_text(json.dumps(figures, indent=1) + "\n")
+            path.write_text(json.dumps(figures, indent=1) + "\n")
     plot(figures, work / "importance.svg")
     Console(width=120).print(criteria_table(figures))
+
+
+def found(path, training):
+    """Returns the results that an earlier, interrupted run of the same length has left."""
+    if not path.exists():
+        return []
+    figures = json.loads(path.read_text())
+    length = {"epochs": training.epochs, "images_per_epoch": training.steps * BATCH}
+    if {key: figures[key] for key in length} != length:
+        raise typer.BadParameter(
+            f"there are results of other trainings, expected {length}. Received: {path}",
+            param_hint="--work",
+        )
+    return figures["results"]
 
 
 def criteria_configuration(variant, seed):
@@ -292,14 +309,14 @@ def measure(variant, seed, training, samples, test):
 
 
 def by_variant(figures):
-    """Returns {variant: {key: array with one value per training}}."""
-    names = dict.fromkeys(result["variant"] for result in figures["results"])
+    """Returns {variant: {key: array with one value per training}}, in the order of `VARIANTS`."""
+    measured = {result["variant"] for result in figures["results"]}
     return {
         name: {
             key: np.array([r[key] for r in figures["results"] if r["variant"] == name])
             for key in ("pruned", "adapted", "trained", "flops", "parameters")
         }
-        for name in names
+        for name in (variant.name for variant in VARIANTS if variant.name in measured)
     }
 
 

@@ -1,7 +1,14 @@
 """Training-time model compression for Keras 3, deployed to OpenVINO IR."""
 
 from keras_compress import callbacks, layers, quantizers
-from keras_compress.algorithms import Algorithm, FilterPruning, Quantization
+from keras_compress.algorithms import (
+    Algorithm,
+    ConstSparsity,
+    FilterPruning,
+    MagnitudeSparsity,
+    Quantization,
+    RBSparsity,
+)
 from keras_compress.compress import compress_model, plan
 from keras_compress.compressed_model import CompressedModel, strip
 from keras_compress.config import Config
@@ -19,10 +26,13 @@ __all__ = [
     "CompressedModel",
     "Config",
     "ConfigError",
+    "ConstSparsity",
     "FilterPruning",
     "KeyStatus",
+    "MagnitudeSparsity",
     "Plan",
     "Quantization",
+    "RBSparsity",
     "Report",
     "VerifyReport",
     "callbacks",

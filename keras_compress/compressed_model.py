@@ -18,6 +18,7 @@ from keras_compress.layers import (
     exclude_from_weight_decay,
 )
 from keras_compress.quantizers import Quantizer
+from keras_compress.transforms import Transform
 
 STATISTICS = (
     keras.layers.LayerNormalization,
@@ -85,16 +86,16 @@ class CompressedModel(keras.Model):
         return quantizers_of(self)
 
     def compile(self, *args, **kwargs):
-        """Compile as Keras does, keeping learned ranges out of weight decay."""
+        """Compile as Keras does, keeping learned ranges and masks out of weight decay."""
         super().compile(*args, **kwargs)
         bound = inspect.signature(keras.Model.compile).bind(self, *args, **kwargs)
         # In a function, where Keras does not look for layers and variables.
         given = {name: value for name, value in bound.arguments.items() if name != "self"}
         self._given_to_compile = lambda: dict(given)
         inner = getattr(self.optimizer, "inner_optimizer", self.optimizer)
-        ranges = [v for quantizer in self.quantizers() for v in quantizer.range_variables]
-        if ranges and inner is not None and not inner.built:
-            exclude_from_weight_decay(inner, ranges)
+        states = [v for transform in transforms_of(self) for v in transform.undecayed_variables]
+        if states and inner is not None and not inner.built:
+            exclude_from_weight_decay(inner, states)
 
     @property
     def compiled_with(self):
@@ -207,10 +208,15 @@ def _weight_map_for(model, like):
     return weight_map
 
 
+def transforms_of(model):
+    """Return every `Transform` inside a model, each once: quantizers and masks."""
+    found = {id(x): x for x in all_layers(model) if isinstance(x, Transform)}
+    return list(found.values())
+
+
 def quantizers_of(model):
     """Return every `Quantizer` inside a model, each once."""
-    found = {id(x): x for x in all_layers(model) if isinstance(x, Quantizer)}
-    return list(found.values())
+    return [transform for transform in transforms_of(model) if isinstance(transform, Quantizer)]
 
 
 def require_ready(model):

@@ -89,6 +89,11 @@ class Quantizer(Transform, abstract=True):
         raise NotImplementedError(f"{type(self).__name__} must define `range_variables`.")
 
     @property
+    def undecayed_variables(self):
+        """The variables of the range, a list."""
+        return list(self.range_variables)
+
+    @property
     def parametrization(self):
         """How `range_variables` give the range: see `fake_quantize`."""
         raise NotImplementedError(f"{type(self).__name__} must define `parametrization`.")

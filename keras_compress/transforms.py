@@ -36,6 +36,11 @@ class Transform(keras.layers.Layer):
             )
         self.supports_masking = True
 
+    @property
+    def undecayed_variables(self):
+        """Trained variables that weight decay must not touch, a list."""
+        return []
+
     def state_axes(self, variable):
         """Return the axes of the input that the axes of a state variable belong to.
 

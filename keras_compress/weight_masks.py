@@ -148,6 +148,11 @@ class LearnedMask(WeightMask, abstract=True):
             name=name, shape=shape, initializer=keras.initializers.Constant(initial), autocast=False
         )
 
+    @property
+    def undecayed_variables(self):
+        """The scores, a list."""
+        return list(self.trainable_weights)
+
     def _learned(self):
         """Return the mask that the scores give in inference, a tensor of booleans."""
         raise NotImplementedError(f"{type(self).__name__} must define `_learned`.")
@@ -168,7 +173,8 @@ class LearnedMask(WeightMask, abstract=True):
 class RBMask(LearnedMask):
     """A mask drawn at random in training, of trained probabilities (regularization-based).
 
-    Shapes: as for `LearnedMask`; the trained `logits` m as x.
+    Shapes: as for `LearnedMask`; the trained `logits` m as x. `level` is a variable `()` for the
+    sparsity that a loss shall ask for; the mask itself does not read it.
 
     Formula, with sigmoid(m) the probability that a weight is on and `u ~ U(0, 1)` drawn for every
     call, clipped to [eps, 1 - eps]:
@@ -212,6 +218,9 @@ class RBMask(LearnedMask):
         super().build(input_shape)
         p = self.initial_probability
         self.logits = self._add_scores("logits", _known(input_shape), math.log(p / (1 - p)))
+        self.level = self.add_weight(
+            name="level", shape=(), initializer="zeros", trainable=False, autocast=False
+        )
 
     def call(self, inputs, training=None):
         a = ops.convert_to_tensor(self.logits)

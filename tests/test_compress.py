@@ -294,8 +294,8 @@ def test_bad_models():
 def test_bad_configurations(tmp_path):
     with pytest.raises(kc.ConfigError, match="at least one algorithm.*Received: none"):
         compress(config={})
-    with pytest.raises(kc.ConfigError, match="Received: .'magnitude_sparsity'."):
-        compress(config={"compression": {"algorithm": "magnitude_sparsity"}})
+    with pytest.raises(kc.ConfigError, match="Received: .'binarization'."):
+        compress(config={"compression": {"algorithm": "binarization"}})
     for bits in (1, 9):
         with pytest.raises(kc.ConfigError, match="weights.bits.*from 2 to 8"):
             compress(config=with_options(weights={"bits": bits}))

@@ -8,6 +8,7 @@ import pathlib
 import keras
 import numpy as np
 import pytest
+import typer
 from backend_helpers import BACKEND
 from typer.testing import CliRunner
 
@@ -88,6 +89,18 @@ def test_results_are_grouped_by_variant(example):
     assert list(single.columns[3].cells) == ["80.00%"] * 2
 
 
+def test_results_of_an_interrupted_run_are_kept(example, tmp_path):
+    path = tmp_path / "importance.json"
+    training = example.Training(tmp_path, example.CHECKPOINT, epochs=4, steps=75)
+    assert example.found(path, training) == []
+    figures = made_up_results(example) | {"epochs": 4, "images_per_epoch": 75 * 128}
+    path.write_text(json.dumps(figures))
+    assert example.found(path, training) == figures["results"]
+    longer = dataclasses.replace(training, epochs=5)
+    with pytest.raises(typer.BadParameter, match="results of other trainings"):
+        example.found(path, longer)
+
+
 def test_figure_is_the_same_for_the_same_results(example, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is an extra: `pip install matplotlib`")
     for name in ("first.svg", "second.svg"):
@@ -148,4 +161,8 @@ def test_criteria_run_on_made_up_images(example, data, monkeypatch):
     assert only["variant"] == "taylor"
     assert only["flops"] < 0.57 * figures["float"]["flops"]
     assert figures["images_per_epoch"] == 256
+    (data / "importance.svg").unlink()
+    monkeypatch.setattr(example, "measure", None)  # nothing is left to measure
+    result = CliRunner().invoke(example.app, ["criteria", *arguments], catch_exceptions=False)
+    assert result.exit_code == 0
     assert (data / "importance.svg").exists()

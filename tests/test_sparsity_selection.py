@@ -87,11 +87,12 @@ def test_every_dtype_is_scored_in_float32(dtype):
     assert pooled(weight, "block", (2, 5)).dtype == np.float32
 
 
-def test_importances_leave_the_weight_alone():
+def test_weights_are_left_alone():
     weight = -np.ones((2, 2), "float32")
     importances(weight, "normed_abs")
     smallest([weight], 0.5, "abs")
     n_of_m(weight, 1, 2, -1)
+    pooled(weight, "fine")[:] = 1
     assert (weight == -1).all()
 
 
@@ -228,14 +229,11 @@ def test_flat_order_is_that_of_c_whatever_the_memory():
     assert mask.tolist() == [[False, False, True], [False, True, True]]
 
 
-def test_negative_zero_is_zero():
-    assert [bits(mask) for mask in smallest([np.array([-0.0, 0.0, -0.0, 0.0])], 0.5)] == ["1100"]
-
-
-def test_nothing_to_choose_from():
+def test_empty_arrays_single_numbers_and_negative_zeros():
     assert smallest([], 0.5) == []
     assert [mask.shape for mask in smallest([np.zeros((0, 3)), np.zeros(0)], 0.5)] == [(0, 3), (0,)]
     assert smallest([np.float32(3)], 0.9)[0].shape == ()
+    assert bits(smallest([np.array([-0.0, 0.0, -0.0, 0.0])], 0.5)[0]) == "1100"
     assert smallest((np.ones(2) for _ in range(2)), 0.5)[1].tolist() == [False, False]
 
 
@@ -262,16 +260,16 @@ def naive_n_of_m(weight, n, m, axis):
 
 def test_n_of_m_by_hand():
     row = np.array([3.0, -1.0, 0.0, -4.0, 2.0, 2.0, -2.0, 2.0, 0.0, 0.0, 5.0])
-    assert bits(n_of_m(row, 2, 4, -1)) == "10011100101"
-    assert bits(n_of_m(row, 1, 4, -1)) == "00011000001"
-    assert bits(n_of_m(row, 3, 4, -1)) == "11011110111"
-    assert bits(n_of_m(row, 4, 4, -1)) == "1" * 11
-    assert bits(n_of_m(row, 1, 1, -1)) == "1" * 11
-    assert bits(n_of_m(row, 2, 300, -1)) == "00010000001"
-    assert (
-        n_of_m(row[:, None] * [1, 2], 2, 4, -2).T.tolist()
-        == [[c == "1" for c in "10011100101"]] * 2
-    )
+    for n, m, expected in (
+        (2, 4, "10011100101"),
+        (1, 4, "00011000001"),
+        (3, 4, "11011110111"),
+        (4, 4, "11111111111"),
+        (1, 1, "11111111111"),
+        (2, 300, "00010000001"),
+    ):
+        assert bits(n_of_m(row, n, m, -1)) == expected
+        assert bits(n_of_m(row[:, None] * [1, 2], n, m, -2).T) == 2 * expected
 
 
 @property_test
@@ -338,26 +336,17 @@ def naive_blocks(scores, block_shape, percent, axes):
 
 
 def test_blocks_by_hand():
-    scores = np.array(
-        [
-            [1.0, 2.0, 0.0, 1.0, 9.0],
-            [3.0, 4.0, 1.0, 0.0, 9.0],
-            [1.0, 1.0, 5.0, 5.0, 1.0],
-        ]
-    )
+    scores = np.array([[1.0, 2, 0, 1, 9], [3, 4, 1, 0, 9], [1, 1, 5, 5, 1]])
     np.testing.assert_array_equal(block_means(scores, (2, 2)), [[2.5, 0.5, 9], [1, 5, 1]])
-    found = {}
-    for sixths in range(6):
-        mask = blocks(scores, (2, 2), sixths / 6 + 1e-9)
-        found[sixths] = [bits(row) for row in mask]
-    assert found == {
-        0: ["11111", "11111", "11111"],
-        1: ["11001", "11001", "11111"],
-        2: ["11001", "11001", "11110"],  # of two means of 1, the later
-        3: ["11001", "11001", "00110"],
-        4: ["00001", "00001", "00110"],
-        5: ["00001", "00001", "00000"],
-    }
+    masks = [blocks(scores, (2, 2), sixths / 6 + 1e-9) for sixths in range(6)]
+    assert [" ".join(bits(row) for row in mask) for mask in masks] == [
+        "11111 11111 11111",
+        "11001 11001 11111",
+        "11001 11001 11110",  # of two means of 1, the later
+        "11001 11001 00110",
+        "00001 00001 00110",
+        "00001 00001 00000",
+    ]
 
 
 @property_test
@@ -434,12 +423,6 @@ def test_pooled_structures_of_a_convolution_kernel():
     np.testing.assert_allclose(wide[1, 2, 3], scores.mean(axis=(0, 1, 2)), rtol=1e-6)
     wide = pooled(scores, "block", sparse_factors=(4, 2))
     np.testing.assert_allclose(wide[0, 1, 2, 3], scores[0, 1, :, 2:4].mean(), rtol=1e-6)
-
-
-def test_pooled_leaves_the_scores_alone():
-    scores = np.zeros(2, "float32")
-    pooled(scores, "fine")[:] = 1
-    assert (scores == 0).all()
 
 
 def test_level_of():

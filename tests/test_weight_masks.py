@@ -224,8 +224,9 @@ class Loss(layers.Layer):
         super().__init__()
         self.mask = mask
         self.term = term
+        self.built = True
 
-    def call(self, inputs):
+    def call(self, inputs, training=None):
         return inputs * self.term(self.mask)
 
 
@@ -236,7 +237,7 @@ def test_the_number_of_weights_kept(fixed):
     if fixed:
         mask.fix()
     kept, size = mask.kept()
-    assert size == 48 and float(kept) == (logits > 0).sum()
+    assert size == 48 and numpy(kept) == (logits > 0).sum()
     loss = Loss(mask, lambda mask: mask.kept()[0])
     _, (_, dm) = layer_gradients(loss, np.float32(1), np.float32(3))
     s = sigmoid(logits)
@@ -302,7 +303,7 @@ def test_the_penalty(mode, fixed):
         mask.fix()
     size = 0 if fixed else np.prod(block)
     expected = size * sigmoid(scores).mean()
-    np.testing.assert_allclose(float(mask.penalty()), expected, rtol=1e-5)
+    np.testing.assert_allclose(numpy(mask.penalty()), expected, rtol=1e-5)
     _, (_, gradient) = layer_gradients(
         Loss(mask, MovementMask.penalty), np.float32(1), np.float32(3)
     )

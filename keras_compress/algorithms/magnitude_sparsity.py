@@ -9,10 +9,9 @@ import pydantic
 from keras_compress import sparsity
 from keras_compress.algorithms.base import Initializer
 from keras_compress.algorithms.sparsity_options import Sparsity, SparsityParams
-from keras_compress.algorithms.weight_sparsity import WeightSparsity, input_axis
+from keras_compress.algorithms.weight_sparsity import ScheduledSparsity, input_axis
 from keras_compress.compressed_layer import layer_spec
 from keras_compress.options import Text, integer, number, option
-from keras_compress.sparsity_schedules import Adaptive, AdaptiveState
 from keras_compress.weight_masks import WeightMask
 
 
@@ -69,18 +68,17 @@ class MagnitudeSparsityParams(SparsityParams):
         return self
 
 
-class MagnitudeSparsity(WeightSparsity):
+class MagnitudeSparsity(ScheduledSparsity):
     """Sparsity that zeroes the weights of least magnitude.
 
     Example:
 
     >>> sparsity = MagnitudeSparsity(params={"sparsity_target": 0.8, "sparsity_target_epoch": 4})
-    >>> [round(sparsity.params.schedule_from(0.0)(epoch), 3) for epoch in range(5)]
+    >>> [round(sparsity.schedule(epoch), 3) for epoch in range(5)]
     [0.0, 0.182, 0.371, 0.57, 0.8]
     """
 
     name: ClassVar[str] = "magnitude_sparsity"
-    adjustable: ClassVar[bool] = True
 
     sparsity_init: Sparsity = option(0.0, "Sparsity to start with.")
     initializer: Initializer = option(Initializer(), "What happens right after masks are placed.")
@@ -103,17 +101,6 @@ class MagnitudeSparsity(WeightSparsity):
         """Samples for batch-norm adaptation."""
         return self.adaptation_samples
 
-    @property
-    def schedule(self):
-        """The course of the level: a `SparsitySchedule`."""
-        return self.params.schedule_from(self.sparsity_init)
-
-    @property
-    def level_at_start(self) -> float:
-        """Sparsity of epoch 0."""
-        schedule = self.schedule
-        return schedule.start.level if isinstance(schedule, Adaptive) else schedule(0)
-
     def why_not(self, node) -> str:
         """Returns why a layer with weights is left alone, or an empty string."""
         weights = layer_spec(node.op).weights
@@ -127,50 +114,9 @@ class MagnitudeSparsity(WeightSparsity):
         text = f"mask, {self.params.final_sparsity:.1%} zeros"
         return self.named(WeightMask), text + ("" if pattern == "unstructured" else f", {pattern}")
 
-    def start(self, model, batches) -> None:
-        """Sets the masks of epoch 0."""
-        self.begin_epoch(model, 0)
-
-    def begin_epoch(self, model, epoch: int) -> None:
-        """Sets the masks of an epoch; the level never falls behind one that was reached."""
-        reached = dict(model.progress.get(self.name, {}))
-        if reached.get("epoch") == epoch:
-            return
-        if reached.get("frozen") or ("level" in reached and self.schedule.frozen(epoch)):
-            model.progress[self.name] = reached | {"frozen": True}
-            return
-        self._move(model, epoch, reached)
-
-    def update(self, model, step: int, epoch: float | None) -> bool:
-        """Sets masks in every step, where `update_per_optimizer_step` says so."""
-        if not self.params.update_per_optimizer_step:
-            return False
-        if self.params.steps_per_epoch is not None:
-            epoch = step / self.params.steps_per_epoch
-        reached = model.progress.get(self.name, {})
-        if epoch is None or epoch <= reached.get("epoch", -1):
-            return True
-        if reached.get("frozen") or self.schedule.frozen(epoch):
-            return False
-        self._move(model, epoch, dict(reached))
-        return True
-
-    def masks_are_final(self, model) -> bool:
-        """Says whether masks are frozen."""
-        return model.progress.get(self.name, {}).get("frozen", False)
-
-    def _move(self, model, epoch, reached):
-        schedule = self.schedule
-        if not isinstance(schedule, Adaptive):
-            level = schedule(epoch)
-        elif "level" not in reached:
-            level, reached["bad_epochs"] = schedule.start
-        else:
-            state = AdaptiveState(reached["level"], reached["bad_epochs"])
-            level, reached["bad_epochs"] = schedule.next(state, self.sparsity(model))
-        level = max(level, reached.get("level", 0.0))
+    def set_level(self, model, level: float) -> None:
+        """Switches off the weights of least magnitude."""
         set_magnitude_masks(self.params, self.masked(model), level)
-        model.progress[self.name] = reached | {"epoch": epoch, "level": level, "frozen": False}
 
     @pydantic.model_validator(mode="after")
     def _check_start(self):

@@ -31,7 +31,9 @@ class SparsityParams(Options):
     )
     patience: integer(0) = option(1, "Epochs to wait; adaptive schedule only.")
     power: number(0) = option(0.9, "Exponent; polynomial schedule only.")
-    concave: Flag = option(True, "Fast first, then slow; polynomial schedule only.")
+    concave: Flag = option(
+        True, "true: 1 - (1 - p)^power; false: p^power; polynomial schedule only."
+    )
 
     def schedule_from(self, init: float):
         """Returns the course of the level: a `SparsitySchedule` that starts at `init`."""

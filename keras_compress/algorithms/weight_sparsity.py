@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+from typing import ClassVar
 
 import keras
 import numpy as np
@@ -13,6 +14,7 @@ from keras_compress.graph.flops import flops, total_flops
 from keras_compress.graph.walk import Role
 from keras_compress.options import ConfigError
 from keras_compress.plan import Plan, Untouched, WeightEntry
+from keras_compress.sparsity_schedules import Adaptive, AdaptiveState
 
 TRANSPOSED = (
     keras.layers.Conv1DTranspose,
@@ -118,6 +120,84 @@ class WeightSparsity(Algorithm):
                 key += f"/{entry.weight}"
             figures[key] = 1 - _share_on([entry])
         return figures
+
+
+class ScheduledSparsity(WeightSparsity):
+    """Base of the algorithms whose level follows a schedule, by epochs or by steps.
+
+    A subclass has `params`, a `SparsityParams`, and `sparsity_init`, and says in `set_level` what a
+    level does to the masks.
+    """
+
+    adjustable: ClassVar[bool] = True
+
+    def set_level(self, model, level: float) -> None:
+        """Makes a level hold, the fraction of weights that shall be off."""
+        raise NotImplementedError(f"{type(self).__name__} must define `set_level`.")
+
+    def freeze(self, model) -> None:
+        """Called once, at the end of the course."""
+
+    @property
+    def schedule(self):
+        """The course of the level: a `SparsitySchedule`."""
+        return self.params.schedule_from(self.sparsity_init)
+
+    @property
+    def level_at_start(self) -> float:
+        """Level of epoch 0."""
+        schedule = self.schedule
+        return schedule.start.level if isinstance(schedule, Adaptive) else schedule(0)
+
+    def start(self, model, batches) -> None:
+        """Sets the level of epoch 0."""
+        self.begin_epoch(model, 0)
+
+    def begin_epoch(self, model, epoch: int) -> None:
+        """Sets the level of an epoch, which never falls behind one that was reached."""
+        reached = model.progress.get(self.name, {})
+        if reached.get("frozen") or reached.get("epoch") == epoch:
+            return
+        if "level" in reached and self.schedule.frozen(epoch):
+            self._freeze(model)
+        else:
+            self._move(model, epoch)
+
+    def update(self, model, step: int, epoch: float | None) -> bool:
+        """Sets the level in every step, where `update_per_optimizer_step` says so."""
+        if not self.params.update_per_optimizer_step or self.masks_are_final(model):
+            return False
+        if self.params.steps_per_epoch is not None:
+            epoch = step / self.params.steps_per_epoch
+        if epoch is None or epoch <= model.progress.get(self.name, {}).get("epoch", -1):
+            return True
+        if self.schedule.frozen(epoch):
+            self._freeze(model)
+            return False
+        self._move(model, epoch)
+        return True
+
+    def masks_are_final(self, model) -> bool:
+        """Says whether masks are frozen."""
+        return model.progress.get(self.name, {}).get("frozen", False)
+
+    def _freeze(self, model):
+        self.freeze(model)
+        model.progress[self.name] = dict(model.progress[self.name]) | {"frozen": True}
+
+    def _move(self, model, epoch):
+        reached = dict(model.progress.get(self.name, {}))
+        schedule = self.schedule
+        if not isinstance(schedule, Adaptive):
+            level = schedule(epoch)
+        elif "level" not in reached:
+            level, reached["bad_epochs"] = schedule.start
+        else:
+            state = AdaptiveState(reached["level"], reached["bad_epochs"])
+            level, reached["bad_epochs"] = schedule.next(state, self.sparsity(model))
+        level = max(level, reached.get("level", 0.0))
+        self.set_level(model, level)
+        model.progress[self.name] = reached | {"epoch": epoch, "level": level, "frozen": False}
 
 
 def _share_on(masked):
