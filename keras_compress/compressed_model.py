@@ -17,6 +17,7 @@ from keras_compress.layers import (
     FakeQuantize,
     exclude_from_weight_decay,
 )
+from keras_compress.masks import ChannelMask
 from keras_compress.quantizers import Quantizer
 from keras_compress.transforms import Transform
 
@@ -185,7 +186,8 @@ def _require_plain_statistics(model):
     """Raise where a layer keeps masked channels out of its statistics, which a plain one cannot."""
     for layer in all_layers(model):
         if isinstance(layer, STATISTICS) and isinstance(layer, CompressedLayer):
-            masks = [t for name in layer.weight_names for t in layer.transforms_of(name)]
+            transforms = [t for name in layer.weight_names for t in layer.transforms_of(name)]
+            masks = [each for each in transforms if isinstance(each, ChannelMask)]
             if any(not mask.mask(axis).all() for mask in masks for axis in mask.axes):
                 raise ValueError(
                     f"Layer '{layer.name}' takes its statistics over the channels that masks leave "

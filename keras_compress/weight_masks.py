@@ -144,14 +144,15 @@ class LearnedMask(WeightMask, abstract=True):
 
     def _add_scores(self, name, shape, initial):
         # Not cast under a mixed policy either, where a loss is made of them inside a layer.
-        return self.add_weight(
+        self._scores = self.add_weight(
             name=name, shape=shape, initializer=keras.initializers.Constant(initial), autocast=False
         )
+        return self._scores
 
     @property
     def undecayed_variables(self):
         """The scores, a list."""
-        return list(self.trainable_weights)
+        return [self._scores] if self.built else []
 
     def _learned(self):
         """Return the mask that the scores give in inference, a tensor of booleans."""
@@ -258,7 +259,8 @@ class MovementMask(LearnedMask):
 
     Shapes: as for `LearnedMask`; the trained `importance` has one score per block of x, so its
     size along an axis is that of x divided by the block's. The `threshold` t is a variable `()`,
-    not trained; a new one is minus infinity, which leaves everything on.
+    not trained; a new one is minus infinity, which leaves everything on. So is `factor`, the weight
+    that a loss gives to the penalty, 0 at first; the mask itself does not read it.
 
     | mode      | block                                     | importance of x `(6, 8)`           |
     |-----------|-------------------------------------------|------------------------------------|
@@ -291,8 +293,8 @@ class MovementMask(LearnedMask):
 
     >>> mask = MovementMask("per_dim", axis=-1)
     >>> mask.build((2, 3))
-    >>> mask.importance.assign([[-1.0, 0.5, 1.0]])
-    >>> mask.threshold.assign(0.0)
+    >>> _ = mask.importance.assign([[-1.0, 0.5, 1.0]])
+    >>> _ = mask.threshold.assign(0.0)
     >>> mask.mask_values()
     array([[False,  True,  True],
            [False,  True,  True]])
@@ -311,14 +313,16 @@ class MovementMask(LearnedMask):
         super().build(input_shape)
         shape = _known(input_shape)
         self.block = self._block_of(shape)
-        counts = tuple(size // factor for size, factor in zip(shape, self.block, strict=True))
-        self.importance = self._add_scores("importance", counts, 0.0)
+        self.importance = self._add_scores("importance", self._score_shape(shape), 0.0)
         self.threshold = self.add_weight(
             name="threshold",
             shape=(),
             initializer=keras.initializers.Constant(-math.inf),
             trainable=False,
             autocast=False,
+        )
+        self.factor = self.add_weight(
+            name="factor", shape=(), initializer="zeros", trainable=False, autocast=False
         )
 
     def state_axes(self, variable):
@@ -381,6 +385,10 @@ class MovementMask(LearnedMask):
         split = [size for count in counts for size in (count, 1)]
         scores = ops.broadcast_to(ops.reshape(scores, split), pairs)
         return ops.reshape(scores, tuple(self.mask.shape))
+
+    def _score_shape(self, shape):
+        """Return the shape of the importance."""
+        return tuple(size // factor for size, factor in zip(shape, self.block, strict=True))
 
     def _block_of(self, shape):
         """Return the size of a block along every axis."""

@@ -19,6 +19,7 @@ from keras_compress.graph.decompose import (
     is_attention,
     split_separable,
 )
+from keras_compress.graph.record import definite_sizes
 from keras_compress.graph.symbolic import (
     ATTENTION_LAYERS,
     call_attention,
@@ -58,7 +59,28 @@ def trace(model):
         # Keras said it when the user's model was made: some layer of theirs drops a mask.
         warnings.filterwarnings("ignore", ".*does not support masking", UserWarning)
         function = _own_graph(model) or _called_graph(model)
-        return _Tracer(model).graph(model.name, function)
+        graph = _Tracer(model).graph(model.name, function)
+        _settle_sizes(graph)
+        return graph
+
+
+def _settle_sizes(graph):
+    """Fill in the sizes that `EinsumDense` layers leave open although their input has them."""
+    products = [n for n in graph.nodes if isinstance(n.op, keras.layers.EinsumDense)]
+    open_ended = any(None in node.output.shape[1:] for node in products)
+    if not open_ended or any(None in edge.shape[1:] for edge in graph.inputs):
+        return
+
+    def call(node, *args, **kwargs):
+        if isinstance(node.op, ReadMask):  # masks are not carried along here
+            return keras.KerasTensor(node.output.shape, node.output.dtype)
+        return node.op.compute_output_spec(*args, **kwargs)
+
+    inputs = [keras.KerasTensor(edge.shape, edge.dtype) for edge in graph.inputs]
+    with definite_sizes([node.op for node in products]):
+        specs = graph.run(inputs, call)
+    for edge, spec in specs.items():
+        edge.shape = tuple(spec.shape)
 
 
 def require_built(model):
