@@ -6,6 +6,7 @@ from keras_compress.algorithms import (
     ConstSparsity,
     FilterPruning,
     MagnitudeSparsity,
+    MovementSparsity,
     Quantization,
     RBSparsity,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "FilterPruning",
     "KeyStatus",
     "MagnitudeSparsity",
+    "MovementSparsity",
     "Plan",
     "Quantization",
     "RBSparsity",

@@ -8,7 +8,13 @@ from keras_compress.config import Config
 from keras_compress.options import ConfigError, KeyStatus, Options, Problem, dotted
 
 ROOT = pathlib.Path(__file__).parent.parent
-BUILT = ("filter_pruning", "magnitude_sparsity", "rb_sparsity", "const_sparsity")
+BUILT = (
+    "filter_pruning",
+    "magnitude_sparsity",
+    "rb_sparsity",
+    "const_sparsity",
+    "movement_sparsity",
+)
 BUDGET = {"maximal_relative_accuracy_degradation": 1}
 
 
