@@ -45,6 +45,8 @@ bench: setup
 	$(BIN)/python benchmarks/compress_time.py
 	$(BIN)/python benchmarks/ir_latency.py
 	$(BIN)/python benchmarks/pruned_latency.py
+	$(BIN)/python benchmarks/sparse_masks.py
+	$(BIN)/python benchmarks/sparse_latency.py
 
 coverage: setup
 	$(BIN)/python -m pip install --quiet -e '.[dev,bench,hub]'

@@ -21,9 +21,10 @@ from keras_compress.export.benchmark import benchmark
 EVERYWHERE = {"prune_first_conv": True, "prune_downsample_convs": True}
 
 
-def configurations(target):
+def configurations(target, round_to):
     """Return {name: configuration or None} of the models that are compared."""
     params = EVERYWHERE | {"schedule": "baseline", "pruning_flops_target": target}
+    params |= {"round_to": round_to}
     pruning = {"algorithm": "filter_pruning", "params": params}
     no_adaptation = {"batchnorm_adaptation": {"num_bn_adaptation_samples": 0}}
     pruning |= {"initializer": no_adaptation}
@@ -40,6 +41,7 @@ def main(
     architecture: Annotated[str, typer.Option(help="Name in keras.applications.")] = "ResNet50",
     size: Annotated[int, typer.Option(help="Height and width of the images.")] = 224,
     target: Annotated[float, typer.Option(help="Fraction of FLOPs that goes.")] = 0.5,
+    round_to: Annotated[int, typer.Option(help="Channels come in multiples of this.")] = 8,
     calls: Annotated[int, typer.Option(help="Measured calls of each model.")] = 100,
 ):
     """Export a model in four forms and measure them in turn."""
@@ -49,7 +51,7 @@ def main(
     flops = {}
     with tempfile.TemporaryDirectory() as folder:
         paths = []
-        for name, compression in configurations(target).items():
+        for name, compression in configurations(target, round_to).items():
             made = model
             if compression:
                 config = {"compression": compression}

@@ -173,6 +173,8 @@ def record(model, levels):
 @pytest.mark.parametrize("steps_per_epoch", [None, 8])
 def test_per_step_levels(steps_per_execution, steps_per_epoch):
     """Linear from 0 to 0.8 over two epochs of 8 steps: a twentieth per step."""
+    if BACKEND == "torch" and steps_per_execution > 1:
+        pytest.skip("Keras on torch runs one step per execution")
     options = {"sparsity_target": 0.8, "power": 1, "sparsity_target_epoch": 2}
     options |= {"update_per_optimizer_step": True}
     if steps_per_epoch:

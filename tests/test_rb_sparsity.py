@@ -144,3 +144,9 @@ def test_weight_decay_leaves_the_masks_alone():
     before = {name: numpy(mask.logits).copy() for name, mask in masks(model).items()}
     model.train_on_batch(x, np.zeros((8, 4), "float32"))
     assert all(np.array_equal(before[n], numpy(mask.logits)) for n, mask in masks(model).items())
+
+
+def test_masks_that_lag_behind_are_fixed_with_a_warning(caplog):
+    options = {"schedule": "multistep", "multistep_steps": [1], "sparsity_freeze_epoch": 2}
+    fitted(compressed(**options), 3)
+    assert "fixed at a sparsity of 0.0%, although 50.0% was asked for" in caplog.text

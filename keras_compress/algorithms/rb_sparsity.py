@@ -1,5 +1,6 @@
 """Regularization-based sparsity: masks that are learnt."""
 
+import logging
 import math
 from typing import ClassVar, Literal
 
@@ -7,9 +8,13 @@ import keras
 
 from keras_compress.algorithms.sparsity_options import Sparsity, SparsityParams
 from keras_compress.algorithms.weight_sparsity import ScheduledSparsity
+from keras_compress.compressed_layer import PACKAGE
 from keras_compress.options import number, option
 from keras_compress.weight_masks import RBMask
 
+logger = logging.getLogger(PACKAGE)
+
+FAR = 0.02  # sparsity this far from the level when masks are fixed is worth a warning
 SLACK = 0.05  # a density this far from the one asked for costs a loss of 1
 
 
@@ -62,7 +67,16 @@ class RBSparsity(ScheduledSparsity):
             entry.mask.level.assign(level)
 
     def freeze(self, model) -> None:
-        """Fixes the masks as inference uses them."""
+        """Fixes the masks as inference uses them; says so where they are far from the level."""
+        reached, level = self.sparsity(model), model.progress[self.name]["level"]
+        if abs(reached - level) > FAR:
+            logger.warning(
+                "rb_sparsity: masks are fixed at a sparsity of %.1f%%, although %.1f%% was asked "
+                "for. Train longer before `sparsity_freeze_epoch`, or at a higher learning rate: "
+                "the logits of the masks start at 4.6 and have to come below 0.",
+                100 * reached,
+                100 * level,
+            )
         for entry in self.masked(model):
             entry.mask.fix()
 

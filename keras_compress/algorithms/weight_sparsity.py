@@ -39,8 +39,12 @@ class MaskedWeight:
     mask: object
 
     def value(self):
-        """Return the weight as it is trained, a NumPy array."""
-        return self.layer.raw_weight(self.weight).numpy()
+        """Return the weight as it is trained, a NumPy array that may share the weight's memory."""
+        held = self.layer.raw_weight(self.weight).value
+        held = held.read_value() if hasattr(held, "read_value") else held
+        if keras.backend.backend() == "torch":
+            return keras.ops.convert_to_numpy(held)
+        return np.asarray(held)
 
     @property
     def input_axis(self):
