@@ -1,5 +1,7 @@
 """Magnitude and constant sparsity as a user meets them."""
 
+import zipfile
+
 import keras
 import numpy as np
 import pytest
@@ -268,6 +270,31 @@ def _integer_constants(path):
         for op in ov.Core().read_model(path).get_ops()
         if op.get_friendly_name().endswith("/kernel/codes")
     }
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="looks at the IR, the same on every backend")
+def test_the_zipped_ir_shrinks_with_sparsity(tmp_path):
+    sizes = []
+    for name, level in (("dense", 0.0), ("half", 0.5), ("most", 0.9)):
+        model = compressed(at_once(level), model=wide())
+        report = kc.export(model, tmp_path / f"{name}.xml")
+        assert report.stored_bytes == sum(
+            (tmp_path / f"{name}.{suffix}").stat().st_size for suffix in ("xml", "bin")
+        )
+        with zipfile.ZipFile(tmp_path / f"{name}.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+            for suffix in ("xml", "bin"):
+                archive.write(tmp_path / f"{name}.{suffix}", suffix)
+        files = zipfile.ZipFile(tmp_path / f"{name}.zip").infolist()
+        assert report.zipped_bytes == pytest.approx(sum(f.compress_size for f in files), abs=99)
+        assert f"{report.zipped_bytes:,} zipped" in str(report)
+        sizes.append((report.stored_bytes, report.zipped_bytes))
+    assert sizes[0][0] == pytest.approx(sizes[2][0], rel=0.01)
+    assert sizes[1][1] < 0.65 * sizes[0][1] and sizes[2][1] < 0.25 * sizes[0][1]
+
+
+def wide():
+    inputs = keras.Input((256,))
+    return keras.Model(inputs, layers.Dense(256, name="wide")(inputs))
 
 
 def test_together_with_filter_pruning():

@@ -5,6 +5,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+import zlib
 
 SUFFIXES = {".xml": "OpenVINO IR", ".onnx": "ONNX", "": "SavedModel directory"}
 
@@ -33,6 +34,27 @@ def checked_target(path):
     with _temporary_folder(path):
         pass
     return path
+
+
+def stored_files(path):
+    """Return the files of an exported model: `.xml` and `.bin`, `.onnx`, or all in a directory."""
+    path = pathlib.Path(path)
+    if path.is_dir():
+        return sorted(each for each in path.rglob("*") if each.is_file())
+    names = (path.with_suffix(".bin"), path) if path.suffix == ".xml" else (path,)
+    return [each for each in names if each.is_file()]
+
+
+def zipped_size(files):
+    """Return the bytes of files when each is deflated, as in a `.zip` (without its directory)."""
+    total = 0
+    for file in files:
+        compressor = zlib.compressobj()
+        with file.open("rb") as stream:
+            while piece := stream.read(1 << 20):
+                total += len(compressor.compress(piece))
+        total += len(compressor.flush())
+    return total
 
 
 @contextlib.contextmanager

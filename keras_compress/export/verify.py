@@ -17,7 +17,7 @@ from rich.console import Group
 from rich.table import Table
 
 from keras_compress.data import input_batches
-from keras_compress.export.files import replacing
+from keras_compress.export.files import replacing, stored_files, zipped_size
 from keras_compress.export.openvino import read_saved_model
 from keras_compress.export.precisions import eight_bit_share, layer_precisions
 from keras_compress.export.saved_model import signature_names
@@ -78,6 +78,16 @@ class VerifyReport(Rendered):
         """Share of the FLOPs of weighted operations that runs in 8 bits, in [0, 1]."""
         return eight_bit_share(self.layers)
 
+    @property
+    def stored_bytes(self):
+        """Size of the exported files now, in bytes."""
+        return sum(file.stat().st_size for file in stored_files(self.path))
+
+    @property
+    def zipped_bytes(self):
+        """The same when they are deflated, as in a `.zip`: where sparsity shows. Reads them."""
+        return zipped_size(stored_files(self.path))
+
     def to_dict(self):
         """Return the report as JSON-able data; a difference that is no number becomes None."""
         data = dataclasses.asdict(self) | {
@@ -99,7 +109,8 @@ class VerifyReport(Rendered):
         for layer in self.layers:
             layers.add_row(layer.layer, layer.type, layer.precision)
         return Group(
-            f"{self.path} against the trained model, {self.samples} samples",
+            f"{self.path} against the trained model, {self.samples} samples; "
+            f"{self.stored_bytes:,} bytes, {self.zipped_bytes:,} zipped",
             outputs,
             f"{self.eight_bit_layers} of {len(self.layers)} weighted operations run in 8 bits "
             f"({self.eight_bit_share:.1%} of their FLOPs) on {self.device}",
