@@ -380,6 +380,31 @@ def test_taylor_prunes_by_gradients():
     assert mask.mask(-1).sum() == 16
 
 
+@pytest.mark.parametrize("prune_batch_norms", [True, False])
+def test_taylor_sees_through_batch_normalization(prune_batch_norms):
+    """Whatever their norm: the channels go that nothing behind the batch normalization reads.
+
+    Behind one, the loss does not depend on the size of a filter, and the sum of its gradients times
+    its weights is zero but for rounding. That of the scale is not.
+    """
+    inputs = keras.Input((8, 8, 3))
+    x = layers.BatchNormalization()(layers.Conv2D(8, 3, name="conv")(inputs))
+    x = layers.GlobalAveragePooling2D()(layers.ReLU()(x))
+    model = randomized(keras.Model(inputs, layers.Dense(4, name="head")(x)))
+    unread = np.array([0, 3, 4, 6])
+    kernel = numpy(model.get_layer("head").kernel).copy()
+    kernel[unread] = 0
+    model.get_layer("head").kernel.assign(kernel)
+    conv = numpy(model.get_layer("conv").kernel).copy()
+    conv[..., unread] *= 10
+    model.get_layer("conv").kernel.assign(conv)
+    options = {"filter_importance": "taylor", "pruning_target": 0.5, "num_init_steps": 1}
+    options |= {"schedule": "baseline", "prune_batch_norms": prune_batch_norms}
+    pruned = compressed(pruning(**options), model=model)
+    fitted(pruned, 2, keras.optimizers.SGD(1e-6))
+    assert np.array_equal(np.flatnonzero(masks(pruned)["conv", "kernel", -1] == 0), unread)
+
+
 def test_shrink_keeps_outputs_and_optimizer():
     model = compressed(pruning(pruning_target=0.5, pruning_steps=2))
     fitted(model, 3)

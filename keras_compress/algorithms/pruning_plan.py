@@ -104,15 +104,18 @@ class Prunable:
         if criterion == "batch_norm_scale":
             scored = each.weight == "gamma" and isinstance(layer, keras.layers.BatchNormalization)
             return importance.batch_norm_scale(_raw(layer, each.weight)) if scored else None
+        if criterion == "taylor":
+            known = isinstance(layer, CompressedLayer) and each.weight in layer.weight_names
+            masks = layer.transforms_of(each.weight) if known else ()
+            masks = [m for m in masks if isinstance(m, TaylorMask) and m.scored_axis == each.axis]
+            if each.role not in (PRODUCED, FOLLOWING):
+                return None
+            return np.array(masks[0].score.numpy()) if masks else None
         if each.role != PRODUCED:
             return None
         if criterion == "random":
             seed = zlib.crc32(f"{each.layer} {each.weight}".encode()) + self.params.random_seed
             return importance.random_scores(len(each.channels), seed)
-        if criterion == "taylor":
-            masks = layer.transforms_of(each.weight) if isinstance(layer, CompressedLayer) else ()
-            masks = [mask for mask in masks if isinstance(mask, TaylorMask)]
-            return np.array(masks[0].score.numpy()) if masks else None
         weight = _raw(layer, each.weight)
         if self.params.is_global and not self.params.is_learned:
             weight = importance.normalized(weight)
@@ -260,7 +263,8 @@ def _mask_entries(options, prunable):
             axes.setdefault((each.layer, each.weight), {})[each.axis] = int(
                 may_go[each.channels].sum()
             )
-            if each.role == PRODUCED:
+            normalizes = isinstance(op, keras.layers.BatchNormalization)
+            if each.role == PRODUCED or (each.role == FOLLOWING and normalizes):
                 scored.setdefault((each.layer, each.weight), each.axis)
     calls = {}
     for node in prunable.graph.nodes:
@@ -280,8 +284,9 @@ def _can_be_masked(options, op, weight):
     spec = layer_spec(op)
     if spec is None or weight not in (*spec.weights, *spec.vectors):
         return False
-    if isinstance(op, keras.layers.BatchNormalization) and not options.params.prune_batch_norms:
-        return False
+    params = options.params
+    if isinstance(op, keras.layers.BatchNormalization) and not params.prune_batch_norms:
+        return params.filter_importance == "taylor"  # whose masks hold the scores
     return spec.read(op, weight) is not None
 
 
