@@ -110,6 +110,7 @@ def test_on_this_machine(tmp_path, monkeypatch):
     """Only that it runs and is kept: times are not asserted."""
     monkeypatch.setattr(latency, "SECONDS", 0.05)
     monkeypatch.setattr(latency, "CALLS", 5)
+    monkeypatch.setattr(latency, "FARTHEST", 1.0)  # a busy machine is no reason to fail
     model = compressed(0.3, round_to=8)
     found = LatencyTarget(**model.progress["filter_pruning"]["latency"])
     assert 0 <= found.level < 1 and found.ms > 0 and found.spread >= 0
