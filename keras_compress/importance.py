@@ -147,17 +147,19 @@ def channel_scores(scores, channels, count):
     return sums.astype("float64")  # without any position they are whole numbers
 
 
-def kept_count(total, level, round_to):
+def kept_count(total, level, round_to, shift=0.0):
     """Number of channels that stay at a pruning level, a multiple of `round_to`.
 
     Formula; the result is never above `total`, and never below the smaller of it and `round_to`:
 
-        kept = ceil((total - total * level) / round_to) * round_to
+        kept = ceil((total - total * level) / round_to - shift) * round_to
 
     Args:
         total: number of channels, at least 1.
         level: fraction to prune, in [0, 1).
         round_to: whole number, at least 1. Where it is `total` or more, all channels stay.
+        shift: in [0, 1): how much of a multiple is rounded down, not up. Groups with different
+            shifts take their steps at different levels.
 
     Example:
 
@@ -166,7 +168,9 @@ def kept_count(total, level, round_to):
     """
     _check_whole("total", total, 1)
     _check_fraction("level", level)
-    return _rounded_up(total - _product(total, level), round_to, total)
+    _check_fraction("shift", shift)
+    shift = shift if level else 0.0
+    return _rounded_up(total - _product(total, level) - shift * round_to, round_to, total)
 
 
 def keep_highest(scores, count):

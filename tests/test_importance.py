@@ -352,3 +352,11 @@ def test_scores_are_checked(value):
             call()
     with pytest.raises(ValueError, match=r"rank 1. Received: scores.shape=\(1, 1\)"):
         keep_highest([[1.0]], 1)
+
+
+def test_a_shift_moves_the_steps_and_nothing_else():
+    """64 channels in multiples of 8: half of the way to the next multiple goes down, not up."""
+    counts = [kept_count(64, level, 8, shift=0.5) for level in (0.0, 0.05, 0.07, 0.125, 0.2, 0.99)]
+    assert counts == [64, 64, 56, 56, 48, 8]
+    with pytest.raises(ValueError, match="shift=1"):
+        kept_count(64, 0.5, 8, shift=1)

@@ -19,6 +19,7 @@ from keras_compress.plan import GroupEntry, Plan, SizeEntry, WeightEntry
 
 STRIDED = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
 HIGHEST_LEVEL = 0.999
+GOLDEN = (5**0.5 - 1) / 2  # whose multiples are spread evenly over [0, 1)
 QUANTITIES = ("filters", "prunable channels", "parameters", "FLOPs")
 
 
@@ -139,9 +140,12 @@ class Prunable:
             kept = importance.global_keep(scores, level, self.params.round_to)
         else:
             kept = []
-            for group, ranking in zip(self.groups, scores, strict=True):
+            # Where all groups took their steps at the same levels, latency would jump.
+            spread = GOLDEN if self.params.quantity == "latency" else 0.0
+            for index, (group, ranking) in enumerate(zip(self.groups, scores, strict=True)):
                 before = self.full.get(f"channels of {group.name}", group.size)
-                count = importance.kept_count(before, level, self.params.round_to)
+                shift = spread * index % 1
+                count = importance.kept_count(before, level, self.params.round_to, shift)
                 kept.append(importance.keep_highest(ranking, min(count, group.size)))
         for group, mask in zip(self.groups, kept, strict=True):
             keep[group.channels] = mask
