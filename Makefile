@@ -2,6 +2,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# A process per core runs the tests.
+PARALLEL ?= -n auto --maxprocesses 8
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .PHONY: setup demo test test-jax test-torch test-all lint format bench coverage docs clean
@@ -17,15 +19,15 @@ demo: setup
 	$(BIN)/keras-compress demo
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
 
 test-jax: setup
 	$(BIN)/python -m pip install --quiet -e '.[dev,jax]'
-	KERAS_BACKEND=jax $(BIN)/python -m pytest -m "not slow"
+	KERAS_BACKEND=jax $(BIN)/python -m pytest -m "not slow" $(PARALLEL)
 
 test-torch: setup
 	$(BIN)/python -m pip install --quiet -e '.[dev,torch]'
-	KERAS_BACKEND=torch $(BIN)/python -m pytest -m "not slow"
+	KERAS_BACKEND=torch $(BIN)/python -m pytest -m "not slow" $(PARALLEL)
 
 test-all: setup
 	$(BIN)/python -m pip install --quiet -e '.[dev,bench,hub]'

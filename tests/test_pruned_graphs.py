@@ -26,7 +26,7 @@ FAMILIES = {  # name -> smallest size of its images
     "NASNetMobile": 32,
     "ConvNeXtTiny": 32,
 }
-SMALL = ["ResNet50", "MobileNetV3Small", "VGG16", "ConvNeXtTiny"]
+SMALL = ["MobileNetV3Small", "VGG16"]
 
 moves = strategies.lists(
     strategies.tuples(strategies.sampled_from(sorted(MOVES)), strategies.integers(0, 999)),

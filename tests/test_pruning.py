@@ -423,7 +423,13 @@ def test_shrink_keeps_outputs_and_optimizer():
     assert all(mask.all() for mask in masks(small).values())
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "rmsprop", "adamw", "lion"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    ["sgd", "adam", *(pytest.param(name, marks=SLOW) for name in ("rmsprop", "adamw", "lion"))],
+)
 def test_training_goes_on_as_if_nothing_had_been_removed(optimizer):
     histories = []
     for shrinks in (False, True):

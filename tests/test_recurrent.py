@@ -43,7 +43,9 @@ def fitted(model, digits, epochs, rate):
     return model.evaluate(test, test_labels, verbose=0)[1]
 
 
-@pytest.mark.parametrize("recurrent", [layers.LSTM, layers.GRU])
+@pytest.mark.parametrize(
+    "recurrent", [layers.LSTM, pytest.param(layers.GRU, marks=pytest.mark.slow)]
+)
 def test_int8_keeps_the_accuracy_to_one_point(recurrent, digits, tmp_path):
     if BACKEND == "torch":
         pytest.skip("recurrent layers train step by step on torch: minutes")
