@@ -110,7 +110,10 @@ def test_an_endless_dataset():
     np.testing.assert_array_equal(x, np.concatenate([X[:2], X[:2] + 1, X[:2] + 2]))
 
 
-@pytest.mark.parametrize("data", [[], iter(()), np.zeros((0, 5)), Batches([])], ids=lambda data: type(data).__name__)
+NOTHING = [[], iter(()), np.zeros((0, 5)), Batches([])]
+
+
+@pytest.mark.parametrize("data", NOTHING, ids=lambda data: type(data).__name__)
 def test_no_samples(data):
     with pytest.raises(ValueError, match="at least one sample"):
         read(data)
