@@ -49,6 +49,7 @@ class Compress(keras.callbacks.Callback):
         self._paused = []
         self._training = False
         self._epoch = 0
+        self._next_epoch_at = None  # batch of this epoch, where it is not the end
         self._steps = None  # optimizer's steps in an epoch, once that is known
         # Before `fit` makes its training step: what observes must be in it from the first batch.
         self._step(model)
@@ -59,6 +60,11 @@ class Compress(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None):
         self._epoch = epoch
         self._first_step = self._done(self.model)
+        # Resumed in the midst of an epoch, the next one by the optimizer's clock begins at a batch
+        # of this one. Else no batch has to read the clock, which stalls the device.
+        length = self._epoch_length()
+        passed = self._first_step % length if length else 0
+        self._next_epoch_at = length - passed if passed else None
         self._begin_epoch(self.model)
 
     def on_epoch_end(self, epoch, logs=None):
@@ -66,7 +72,9 @@ class Compress(keras.callbacks.Callback):
             self._steps = max(self._done(self.model) - self._first_step, 1)
 
     def on_train_batch_begin(self, batch, logs=None):
-        self._begin_epoch(self.model)
+        if self._next_epoch_at is not None and batch >= self._next_epoch_at:
+            self._next_epoch_at = None
+            self._begin_epoch(self.model)
 
     def on_train_batch_end(self, batch, logs=None):
         if self._moving:

@@ -191,6 +191,22 @@ def test_per_step_levels(steps_per_execution, steps_per_epoch):
         assert 0 <= min(0.05 * step, 0.8) * total - off < 1 + 1e-6
 
 
+def test_epochs_are_counted_by_steps_where_training_resumes_in_the_midst_of_one():
+    """Three steps are done of the eight in an epoch: the next one begins behind five batches."""
+    model = compressed(magnitude(sparsity_target=0.8, power=1, sparsity_target_epoch=2))
+    model.compile("sgd", **LOSS)
+    x, y = data()
+    for _ in range(3):
+        model.train_on_batch(x[:4], y[:4])
+    seen = []
+    fitted(model, 2, [record(model, seen)])
+    total = zeros(masks(model).values())[1]
+    expected = [0.0] * 5 + [0.4] * 8 + [0.8] * 3
+    assert [step for step, _ in seen] == list(range(4, 20))
+    for level, (_, off) in zip(expected, seen, strict=True):
+        assert 0 <= level * total - off < 1
+
+
 def test_resumed_in_the_midst_the_masks_are_the_same(tmp_path):
     original = network()
     algorithm = magnitude(sparsity_target=0.9, sparsity_target_epoch=4)
