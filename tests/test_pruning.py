@@ -405,6 +405,15 @@ def test_taylor_sees_through_batch_normalization(prune_batch_norms):
     assert np.array_equal(np.flatnonzero(masks(pruned)["conv", "kernel", -1] == 0), unread)
 
 
+def test_taylor_masks_no_scale_that_is_not_there():
+    inputs = keras.Input((8, 8, 3))
+    x = layers.BatchNormalization(scale=False, name="norm")(layers.Conv2D(8, 3)(inputs))
+    model = keras.Model(inputs, layers.Dense(4)(layers.GlobalAveragePooling2D()(x)))
+    options = {"filter_importance": "taylor", "num_init_steps": 1, "prune_batch_norms": False}
+    found = masks(compressed(pruning(**options), model=model))
+    assert ("norm", "beta", -1) in found and ("norm", "gamma", -1) not in found
+
+
 def test_shrink_keeps_outputs_and_optimizer():
     model = compressed(pruning(pruning_target=0.5, pruning_steps=2))
     fitted(model, 3)

@@ -106,11 +106,10 @@ class Prunable:
             scored = each.weight == "gamma" and isinstance(layer, keras.layers.BatchNormalization)
             return importance.batch_norm_scale(_raw(layer, each.weight)) if scored else None
         if criterion == "taylor":
-            known = isinstance(layer, CompressedLayer) and each.weight in layer.weight_names
-            masks = layer.transforms_of(each.weight) if known else ()
-            masks = [m for m in masks if isinstance(m, TaylorMask) and m.scored_axis == each.axis]
             if each.role not in (PRODUCED, FOLLOWING):
                 return None
+            masks = [m for m in masks_of(layer, each.weight) if isinstance(m, TaylorMask)]
+            masks = [mask for mask in masks if mask.scored_axis == each.axis]
             return np.array(masks[0].score.numpy()) if masks else None
         if each.role != PRODUCED:
             return None
@@ -289,8 +288,11 @@ def _can_be_masked(options, op, weight):
     if spec is None or weight not in (*spec.weights, *spec.vectors):
         return False
     params = options.params
-    if isinstance(op, keras.layers.BatchNormalization) and not params.prune_batch_norms:
-        return params.filter_importance == "taylor"  # whose masks hold the scores
+    is_silent = (
+        params.prune_batch_norms or params.filter_importance == "taylor"
+    )  # masks hold scores
+    if isinstance(op, keras.layers.BatchNormalization) and not is_silent:
+        return False
     return spec.read(op, weight) is not None
 
 
