@@ -95,7 +95,7 @@ def batch_norm_scale(gamma):
 
 def random_scores(count, seed):
     """Scores drawn uniformly from (0, 1); the same ones for the same seed."""
-    _check_whole("count", count)
+    check_whole("count", count)
     tiny = np.finfo("float64").tiny
     return np.random.default_rng(seed).uniform(tiny, 1.0, count)
 
@@ -129,7 +129,7 @@ def channel_scores(scores, channels, count):
     >>> channel_scores([1.0, 2.0, 4.0], np.array([0, 2, 0]), count=3)
     array([5., 0., 2.])
     """
-    _check_whole("count", count)
+    check_whole("count", count)
     scores, channels = np.asarray(scores, "float64"), np.asarray(channels)
     if scores.ndim != 1 or scores.shape != channels.shape:
         raise ValueError(
@@ -166,7 +166,7 @@ def kept_count(total, level, round_to, shift=0.0):
     >>> [kept_count(64, level, round_to=8) for level in (0.0, 0.1, 0.3, 0.5, 0.99)]
     [64, 64, 48, 32, 8]
     """
-    _check_whole("total", total, 1)
+    check_whole("total", total, 1)
     _check_fraction("level", level)
     _check_fraction("shift", shift)
     shift = shift if level else 0.0
@@ -186,7 +186,7 @@ def keep_highest(scores, count):
     array([ True,  True, False,  True])
     """
     scores = _checked_scores(scores)
-    _check_whole("count", count)
+    check_whole("count", count)
     if count > len(scores):
         raise ValueError(f"Expected a count of at most {len(scores)}. Received: count={count}")
     kept = np.zeros(len(scores), bool)
@@ -248,7 +248,7 @@ def _product(count, fraction):
 
 def _rounded_up(count, round_to, total):
     """Round a count up to a multiple, at least one multiple and at most `total`."""
-    _check_whole("round_to", round_to, 1)
+    check_whole("round_to", round_to, 1)
     return min(max(math.ceil(count / round_to), 1) * round_to, total)
 
 
@@ -262,7 +262,8 @@ def _checked_scores(scores):
     return scores
 
 
-def _check_whole(name, value, smallest=0):
+def check_whole(name, value, smallest=0):
+    """Raise a ValueError unless a named value is a whole number of at least `smallest`."""
     if not isinstance(value, numbers.Integral) or value < smallest:
         raise ValueError(
             f"Expected a whole number of at least {smallest}. Received: {name}={value!r}"

@@ -59,6 +59,14 @@ class LayerSpec:
         return getattr(getattr(layer, self.holder) if self.holder else layer, weight)
 
 
+CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
+TRANSPOSED = (
+    keras.layers.Conv1DTranspose,
+    keras.layers.Conv2DTranspose,
+    keras.layers.Conv3DTranspose,
+)
+DEPTHWISE = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
+
 LOOP = "its weights are stored as integers; OpenVINO computes the loop over time steps in float"
 
 UNTIED = "it multiplies by weights of its own, not by the embeddings: they stay float"

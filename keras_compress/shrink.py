@@ -49,6 +49,11 @@ def shrink(model, optimizer=None):
             "Expected a model with masks, made with `filter_pruning` in its configuration. "
             f"Received: model '{model.name}' without any."
         )
+    return _shrunk(model, masked, optimizer)
+
+
+def _shrunk(model, masked, optimizer):
+    """Return what `shrink` does, from the `MaskedGraph` of the model."""
     if optimizer is not None:
         _require_built(optimizer)
     compression = model.get_config()["compression"]
@@ -77,7 +82,7 @@ def shrink_in_place(model):
         return False
     before = dict(vars(model))
     compiled_with = model.compiled_with
-    small, optimizer = shrink(model, model.optimizer)
+    small, optimizer = _shrunk(model, masked, model.optimizer)
     structure = (small.input, small.output)
     # As new, but for the methods that Keras binds to an object when it is made.
     blank = vars(CompressedModel.__new__(CompressedModel, *structure))

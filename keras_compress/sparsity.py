@@ -10,6 +10,8 @@ from decimal import Decimal
 
 import numpy as np
 
+from keras_compress.importance import check_whole
+
 PIECE = 1 << 18  # scores that are worked on at a time, so that none of the copies is a whole one
 KINDS = ("abs", "normed_abs")
 MODES = ("fine", "block", "per_dim")
@@ -62,7 +64,7 @@ def removed_count(total, level):
     >>> [removed_count(total, 0.29) for total in (3, 4, 100)]
     [0, 1, 29]
     """
-    _check_whole("total", total, 0)
+    check_whole("total", total, 0)
     if not 0 <= level < 1:
         raise ValueError(f"Expected a level in [0, 1). Received: level={level!r}")
     return int(total * Decimal(repr(round(float(level), 12))))
@@ -143,8 +145,8 @@ def n_of_m(weight, n, m, axis):
     """
     weight = np.asarray(weight)
     _check_axes("axis", (axis,), weight.shape)
-    _check_whole("m", m, 1)
-    _check_whole("n", n, 1)
+    check_whole("m", m, 1)
+    check_whole("n", n, 1)
     if n > m:
         raise ValueError(f"Expected n of at most m. Received: n={n}, m={m}")
     if not np.isfinite(weight).all():
@@ -378,7 +380,7 @@ def _layout(shape, block_shape, axes):
     """Return (axis, how long each of its blocks is) of every axis that has blocks."""
     block_shape = tuple(block_shape)
     for size in block_shape:
-        _check_whole("size of a block", size, 1)
+        check_whole("size of a block", size, 1)
     axes = tuple(range(-len(block_shape), 0)) if axes is None else tuple(axes)
     if len(axes) != len(block_shape) or len(set(axes)) < len(axes):
         raise ValueError(
@@ -399,13 +401,6 @@ def _check_axes(name, axes, shape):
                 f"Expected an axis counted from the end, in [-{len(shape)}, -1], of an array of "
                 f"shape {tuple(shape)}. Received: {name}={axis!r}"
             )
-
-
-def _check_whole(name, value, smallest_value):
-    if not isinstance(value, numbers.Integral) or value < smallest_value:
-        raise ValueError(
-            f"Expected a whole number of at least {smallest_value}. Received: {name}={value!r}"
-        )
 
 
 def _check_choice(name, value, choices):

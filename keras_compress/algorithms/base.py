@@ -114,6 +114,12 @@ class Algorithm(ValidatedScopes):
         """How many samples batch normalization adapts to after `start`."""
         return 0
 
+    def gradient_factor(self, config: Any) -> float:
+        """Returns the factor on the gradient of what it trains: its own, else the top-level one."""
+        own = getattr(self, "compression_lr_multiplier", None)
+        factor = config.compression_lr_multiplier if own is None else own
+        return 1.0 if factor is None else factor
+
     @property
     def has_latency_target(self) -> bool:
         """Whether how far it goes is to be found out by measuring the exported model."""

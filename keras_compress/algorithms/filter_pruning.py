@@ -237,7 +237,8 @@ class FilterPruning(Algorithm):
         level = max(schedule(epoch), reached.get("level", 0.0))
         if level > 0 and not (reached.get("level") == level and schedule.frozen(epoch)):
             prunable = self.prunable(model)
-            set_masks(prunable, prunable.reach(level, prunable.scores()))
+            keep = prunable.reach(level, prunable.scores())
+            set_masks(prunable.graph, prunable.coupling, keep)
         frozen = schedule.frozen(epoch + 1)
         now = {"epoch": epoch, "level": level, "frozen": frozen}
         model.progress[self.name] = reached | now

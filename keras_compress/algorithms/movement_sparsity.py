@@ -162,10 +162,6 @@ class MovementSparsity(WeightSparsity):
 
     def make_mask(self, config, node, weight):
         """Returns what makes a `MovementMask`, and its description."""
-        multiplier = self.compression_lr_multiplier
-        if multiplier is None:
-            multiplier = config.compression_lr_multiplier
-        multiplier = 1.0 if multiplier is None else multiplier
         arguments = mask_structure(self.structure(node.name), node.op, weight)
         text = {
             "per_dim": f"of slices along axis {arguments.get('axis')}",
@@ -174,7 +170,8 @@ class MovementSparsity(WeightSparsity):
         # Only with structured masking are masks fixed before anything is cut.
         may_be_cut = self.params.enable_structured_masking and arguments.get("mode") == "block"
         make = self.named(BlockMask if may_be_cut else MovementMask, **arguments)
-        return functools.partial(make, lr_multiplier=multiplier), f"learnt mask {text}"
+        make = functools.partial(make, lr_multiplier=self.gradient_factor(config))
+        return make, f"learnt mask {text}"
 
     def start(self, model, batches) -> None:
         """Begins with epoch 0."""

@@ -2,13 +2,17 @@
 
 import functools
 import math
-import types
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_compress.algorithms.pruning_plan import masks_of, set_masks
+from keras_compress.algorithms.pruning_plan import (
+    holds_mask,
+    masked_axes,
+    masks_of,
+    set_masks,
+)
 from keras_compress.algorithms.weight_sparsity import input_axis
 from keras_compress.compressed_layer import layer_spec
 from keras_compress.graph.channel_labels import FOLLOWING
@@ -163,21 +167,9 @@ def channel_masks(graph, weights):
     coupling = couple(graph)
     groups = _resolvable(coupling, lambda each: (each.layer, each.weight) in weights)
     may_go = _channels(coupling, groups)
-    layers, axes = graph.layer_nodes(), {}
-    for each in coupling.slices:
-        spec = layer_spec(layers[each.layer].op)
-        held = spec is not None and each.weight in spec.names
-        count = int(may_go[each.channels].sum())
-        if held and count and spec.read(layers[each.layer].op, each.weight) is not None:
-            axes.setdefault((each.layer, each.weight), {})[each.axis] = count
     return tuple(
-        WeightEntry(
-            layer,
-            weight,
-            (functools.partial(ChannelMask, axes=tuple(sorted(counts))),),
-            f"mask of {' x '.join(str(counts[axis]) for axis in sorted(counts))} channels",
-        )
-        for (layer, weight), counts in axes.items()
+        WeightEntry(*key, (functools.partial(ChannelMask, axes=axes),), text)
+        for key, axes, text in masked_axes(graph, coupling, may_go, holds_mask)
     )
 
 
@@ -211,7 +203,7 @@ def resolve(graph, masks):
             dense |= _along(may_go[each.channels], each.axis, values.ndim)
             stays &= _along(keep[each.channels], each.axis, values.ndim)
         mask.fix((values | dense) & stays)
-    set_masks(types.SimpleNamespace(graph=graph, coupling=coupling), keep)
+    set_masks(graph, coupling, keep)
 
 
 def _resolvable(coupling, is_masked):

@@ -1,5 +1,6 @@
 """Which channels filter pruning may take from a graph, which it takes, and what is left."""
 
+import collections
 import dataclasses
 import functools
 import zlib
@@ -9,15 +10,16 @@ import numpy as np
 
 from keras_compress import importance
 from keras_compress.algorithms.legr import IDENTITY, read_ranking
-from keras_compress.compressed_layer import CompressedLayer, is_weighted, layer_spec
+from keras_compress.compressed_layer import CompressedLayer, layer_spec
 from keras_compress.graph.channel_labels import FOLLOWING, PRODUCED
 from keras_compress.graph.channels import couple
 from keras_compress.graph.narrow import Narrowing
+from keras_compress.graph.walk import first_layers
+from keras_compress.layer_specs import CONVOLUTIONS
 from keras_compress.masks import ChannelMask, TaylorMask
 from keras_compress.options import ConfigError
 from keras_compress.plan import GroupEntry, Plan, SizeEntry, WeightEntry
 
-STRIDED = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
 HIGHEST_LEVEL = 0.999
 GOLDEN = (5**0.5 - 1) / 2  # whose multiples are spread evenly over [0, 1)
 QUANTITIES = ("filters", "prunable channels", "parameters", "FLOPs")
@@ -38,8 +40,11 @@ class Prunable:
         self.params = params
         self.graph = graph
         self.coupling = couple(graph)
-        reasons = [_why_not(params, selects, graph, self.coupling, g) for g in self.coupling.groups]
-        self.reasons = dict(zip((g.name for g in self.coupling.groups), reasons, strict=True))
+        first = () if params.prunes("prune_first_conv") else first_layers(graph)
+        self.reasons = {
+            group.name: _why_not(params, selects, graph, self.coupling, group, first)
+            for group in self.coupling.groups
+        }
         self.groups = [g for g in self.coupling.groups if not self.reasons[g.name]]
         self.everything = np.ones(self.coupling.count, bool)
         self.ranking = ranking or {}
@@ -257,47 +262,75 @@ def pruning_plan(options, graph, config, with_data):
 
 def _mask_entries(options, prunable):
     """Yield the `WeightEntry` of every weight that holds channels which may go."""
-    may_go = prunable.may_go()
-    layers = prunable.graph.layer_nodes()
-    axes, scored = {}, {}
-    for each in prunable.coupling.slices:
-        op = layers[each.layer].op
-        if may_go[each.channels].any() and _can_be_masked(options, op, each.weight):
-            axes.setdefault((each.layer, each.weight), {})[each.axis] = int(
-                may_go[each.channels].sum()
-            )
-            normalizes = isinstance(op, keras.layers.BatchNormalization)
-            if each.role == PRODUCED or (each.role == FOLLOWING and normalizes):
-                scored.setdefault((each.layer, each.weight), each.axis)
-    calls = {}
-    for node in prunable.graph.nodes:
-        calls[node.name] = calls.get(node.name, 0) + 1
-    for (layer, weight), counts in axes.items():
-        make = functools.partial(ChannelMask, axes=tuple(sorted(counts)))
-        if options.params.filter_importance == "taylor" and (layer, weight) in scored:
-            axis = scored[layer, weight]
-            make = functools.partial(
-                TaylorMask, axes=tuple(sorted(counts)), scored_axis=axis, calls=calls[layer]
-            )
-        sizes = " x ".join(str(counts[axis]) for axis in sorted(counts))
-        yield WeightEntry(layer, weight, (make,), f"mask of {sizes} channels")
+    graph, coupling, may_go = prunable.graph, prunable.coupling, prunable.may_go()
+    layers = graph.layer_nodes()
+    scored = {}
+    for each in coupling.slices if options.params.filter_importance == "taylor" else ():
+        normalizes = isinstance(layers[each.layer].op, keras.layers.BatchNormalization)
+        has_score = each.role == PRODUCED or (each.role == FOLLOWING and normalizes)
+        if has_score and may_go[each.channels].any():
+            scored.setdefault((each.layer, each.weight), each.axis)
+    calls = collections.Counter(node.name for node in graph.nodes)
+    can_be_masked = functools.partial(_can_be_masked, options)
+    for key, axes, text in masked_axes(graph, coupling, may_go, can_be_masked):
+        make = functools.partial(ChannelMask, axes=axes)
+        if key in scored:
+            own = {"scored_axis": scored[key], "calls": calls[key[0]]}
+            make = functools.partial(TaylorMask, axes=axes, **own)
+        yield WeightEntry(*key, (make,), text)
+
+
+def masked_axes(graph, coupling, may_go, can_be_masked):
+    """Return `((layer, weight), axes, description)` of the weights that hold channels to mask.
+
+    Args:
+        graph: the `Graph` of a plain model.
+        coupling: its `Coupling`.
+        may_go: bool array over all channels.
+        can_be_masked: function `(layer, weight) -> bool`.
+    """
+    layers, found = graph.layer_nodes(), {}
+    for each in coupling.slices:
+        count = int(may_go[each.channels].sum())
+        if count and can_be_masked(layers[each.layer].op, each.weight):
+            found.setdefault((each.layer, each.weight), {})[each.axis] = count
+    return [
+        (
+            key,
+            tuple(sorted(counts)),
+            f"mask of {' x '.join(str(counts[a]) for a in sorted(counts))} channels",
+        )
+        for key, counts in found.items()
+    ]
+
+
+def holds_mask(op, weight):
+    """Whether a weight of a plain layer is there and can be read through a mask."""
+    spec = layer_spec(op)
+    return spec is not None and weight in spec.names and spec.read(op, weight) is not None
 
 
 def _can_be_masked(options, op, weight):
-    spec = layer_spec(op)
-    if spec is None or weight not in (*spec.weights, *spec.vectors):
-        return False
     params = options.params
     is_silent = (
         params.prune_batch_norms or params.filter_importance == "taylor"
     )  # masks hold scores
     if isinstance(op, keras.layers.BatchNormalization) and not is_silent:
         return False
-    return spec.read(op, weight) is not None
+    return holds_mask(op, weight)
 
 
-def _why_not(params, selects, graph, coupling, group):
-    """Return why a group of channels is left alone, or an empty string."""
+def _why_not(params, selects, graph, coupling, group, first):
+    """Return why a group of channels is left alone, or an empty string.
+
+    Args:
+        params: the `FilterPruningParams`.
+        selects: function `layer name -> bool`.
+        graph: the `Graph`.
+        coupling: its `Coupling`.
+        group: the `ChannelGroup`.
+        first: names of the layers of which the convolutions stay, as the first ones.
+    """
     if group.reason:
         return group.reason
     layers = graph.layer_nodes()
@@ -305,12 +338,11 @@ def _why_not(params, selects, graph, coupling, group):
     if excluded:
         return f"'{excluded[0]}' is excluded by the scopes of the configuration"
     producers = [layers[name] for name in group.layers]
-    first = _first_convolutions(graph) if not params.prunes("prune_first_conv") else ()
     for node in producers:
-        if node.name in first:
+        if node.name in first and isinstance(node.op, CONVOLUTIONS):
             return f"'{node.name}' is a first convolution (`prune_first_conv`)"
         strides = getattr(node.op, "strides", 1)
-        strided = isinstance(node.op, STRIDED) and max(np.atleast_1d(strides)) > 1
+        strided = isinstance(node.op, CONVOLUTIONS) and max(np.atleast_1d(strides)) > 1
         if strided and not params.prunes("prune_downsample_convs"):
             return f"'{node.name}' is strided (`prune_downsample_convs`)"
     if group.size <= params.round_to:
@@ -329,19 +361,6 @@ def _has_scale(layers, coupling, group):
         and not channels.isdisjoint(each.channels.tolist())
         for each in coupling.slices
     )
-
-
-def _first_convolutions(graph):
-    """Names of the convolutions that no layer with weights comes before."""
-    behind, first = set(), set()
-    for node in graph.nodes:
-        depends = any(edge in behind for edge in node.inputs)
-        weighted = is_weighted(node.op)
-        if weighted and not depends and isinstance(node.op, STRIDED):
-            first.add(node.name)
-        if depends or weighted:
-            behind.update(node.outputs)
-    return first
 
 
 def _first_slices(coupling):
@@ -368,10 +387,10 @@ def masks_of(layer, weight):
     return [mask for mask in layer.transforms_of(weight) if isinstance(mask, ChannelMask)]
 
 
-def set_masks(prunable, keep):
+def set_masks(graph, coupling, keep):
     """Set the masks of a compressed model's graph to the channels that stay."""
-    layers = prunable.graph.layer_nodes()
-    for each in prunable.coupling.slices:
+    layers = graph.layer_nodes()
+    for each in coupling.slices:
         for mask in masks_of(layers[each.layer].op, each.weight):
             if each.axis in mask.axes:
                 mask.set_mask(each.axis, keep[each.channels])

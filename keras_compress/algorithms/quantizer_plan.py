@@ -6,14 +6,13 @@ import keras
 
 from keras_compress.graph.flops import flops, total_flops
 from keras_compress.graph.placement import PRODUCTS, QuantizedEdge, folded_into, quantized_edges
-from keras_compress.graph.walk import SEPARATOR, Role
-from keras_compress.layer_specs import LAYERS
+from keras_compress.graph.walk import SEPARATOR, Role, first_layers
+from keras_compress.layer_specs import DEPTHWISE, LAYERS
 from keras_compress.layers import layer_spec
 from keras_compress.plan import EdgeEntry, Plan, Untouched, WeightEntry
 from keras_compress.quantizers import AsymmetricQuantizer, SymmetricQuantizer
 
 FAKE_QUANTIZE = f"{SEPARATOR}fake_quantize"  # ends the name of an edge's quantizer layer
-DEPTHWISE = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
 
 
 def quantization_plan(options, graph, config, with_data):
@@ -25,13 +24,13 @@ def quantization_plan(options, graph, config, with_data):
         config: the whole `Config` (target device, learning-rate multiplier).
         with_data: whether calibration data is at hand.
     """
-    first_layers = _first_layers(graph)
+    first = first_layers(graph)
     products = {node.name for node in graph.nodes if node.is_integer_product}
     groups = _edge_groups(options, graph)
     common = _common_arguments(options, config)
     weights = tuple(
         _weight_entry(
-            options, config, node, weight, node.name in products, node.name in first_layers, common
+            options, config, node, weight, node.name in products, node.name in first, common
         )
         for node in graph.layer_nodes().values()
         if node.role is Role.WEIGHTED and options.selects_weight(node.name)
@@ -62,13 +61,10 @@ def quantization_plan(options, graph, config, with_data):
 
 
 def _common_arguments(options, config):
-    multiplier = options.compression_lr_multiplier
-    if multiplier is None:
-        multiplier = config.compression_lr_multiplier
     return {
         "learnable": options.learn_ranges,
         "gradient_scale": options.gradient_scale,
-        "lr_multiplier": 1.0 if multiplier is None else multiplier,
+        "lr_multiplier": options.gradient_factor(config),
     }
 
 
@@ -201,19 +197,6 @@ def _input_edges(graph):
         if passes and node.inputs and all(edge in carried for edge in node.inputs):
             carried.update(node.outputs)
     return carried
-
-
-def _first_layers(graph):
-    """Names of the weighted layers with no weighted layer before them."""
-    behind = set()  # edges that depend on a weighted layer
-    first = set()
-    for node in graph.nodes:
-        depends = any(edge in behind for edge in node.inputs)
-        if node.role is Role.WEIGHTED and not depends:
-            first.add(node.name)
-        if depends or node.role is Role.WEIGHTED:
-            behind.update(node.outputs)
-    return first
 
 
 def _untouched(options, graph, groups):

@@ -54,12 +54,8 @@ class RBSparsity(ScheduledSparsity):
 
     def make_mask(self, config, node, weight):
         """Returns what makes an `RBMask`, and its description."""
-        multiplier = self.compression_lr_multiplier
-        if multiplier is None:
-            multiplier = config.compression_lr_multiplier
-        multiplier = 1.0 if multiplier is None else multiplier
         text = f"learnt mask, {self.params.final_sparsity:.1%} zeros wanted"
-        return self.named(RBMask, lr_multiplier=multiplier), text
+        return self.named(RBMask, lr_multiplier=self.gradient_factor(config)), text
 
     def set_level(self, model, level: float) -> None:
         """Asks for a level: the loss draws the masks there."""

@@ -12,16 +12,10 @@ from keras_compress.algorithms.base import Algorithm, check_scopes
 from keras_compress.compressed_layer import layer_spec
 from keras_compress.graph.flops import flops, total_flops
 from keras_compress.graph.walk import Role
+from keras_compress.layer_specs import DEPTHWISE, TRANSPOSED
 from keras_compress.options import ConfigError
 from keras_compress.plan import Plan, Untouched, WeightEntry
 from keras_compress.sparsity_schedules import Adaptive, AdaptiveState
-
-TRANSPOSED = (
-    keras.layers.Conv1DTranspose,
-    keras.layers.Conv2DTranspose,
-    keras.layers.Conv3DTranspose,
-)
-SUM_OVER_SPACE = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,7 +210,7 @@ def input_axis(layer, weight):
     Convolution kernels have it at -2 (-1 where transposed), dense and recurrent ones at -2. A
     depthwise kernel sums over space, a table of vectors over nothing.
     """
-    if isinstance(layer, (*SUM_OVER_SPACE, keras.layers.Embedding)):
+    if isinstance(layer, (*DEPTHWISE, keras.layers.Embedding)):
         return None
     if weight == "depthwise_kernel":
         return None

@@ -26,6 +26,7 @@ from keras_compress.graph.channel_movements import along_others, get_item, movem
 from keras_compress.graph.contractions import einsum, einsum_dense, matmul
 from keras_compress.graph.traced_layers import BatchSized, Parameter, SetMask
 from keras_compress.graph.walk import Edge
+from keras_compress.layer_specs import CONVOLUTIONS, DEPTHWISE, TRANSPOSED
 from keras_compress.layers import CompressedLayer, FakeQuantize
 
 MERGES = "Add Subtract Multiply Maximum Minimum Where LogicalAnd LogicalOr".split()
@@ -44,13 +45,6 @@ MOVEMENTS = (
 ).split()
 # Arguments that may be arrays, and where they are have the size of a tensor.
 SCALARS = {"Clip": ("x_min", "x_max"), "Repeat": ("repeats",), "Rescaling": ("scale", "offset")}
-CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
-TRANSPOSED = (
-    keras.layers.Conv1DTranspose,
-    keras.layers.Conv2DTranspose,
-    keras.layers.Conv3DTranspose,
-)
-DEPTHWISE = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
 
 
 def propagate(labels, node, given):

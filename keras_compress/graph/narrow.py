@@ -11,10 +11,10 @@ import numpy as np
 
 from keras_compress.graph.channel_labels import kind
 from keras_compress.graph.channel_movements import key_along
-from keras_compress.graph.channel_rules import CONVOLUTIONS, TRANSPOSED
 from keras_compress.graph.flops import Shapes, total_flops
 from keras_compress.graph.traced_layers import BatchSized, Parameter
 from keras_compress.graph.walk import copy_operation
+from keras_compress.layer_specs import CONVOLUTIONS, TRANSPOSED
 from keras_compress.layers import CompressedLayer, FakeQuantize
 
 

@@ -18,11 +18,11 @@ import dataclasses
 import keras
 
 from keras_compress.graph.walk import Role
+from keras_compress.layer_specs import CONVOLUTIONS
 
 # Element-wise functions that an integer runtime evaluates in float when nothing is before them
 # to fuse with; a plain ReLU is a clip and costs nothing either way.
 CLIPS = ("ReLU", "Relu", "Relu6")
-CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
 # Layers that do nothing at inference.
 TRANSPARENT = (
     keras.layers.Dropout,

@@ -245,3 +245,16 @@ class Graph:
             outputs = keras.tree.flatten(call(node, *args, **kwargs))
             values.update(zip(node.outputs, outputs, strict=True))
         return values
+
+
+def first_layers(graph):
+    """Return the names of the weighted layers with no weighted layer before them."""
+    behind = set()  # edges that depend on a weighted layer
+    first = set()
+    for node in graph.nodes:
+        depends = any(edge in behind for edge in node.inputs)
+        if node.role is Role.WEIGHTED and not depends:
+            first.add(node.name)
+        if depends or node.role is Role.WEIGHTED:
+            behind.update(node.outputs)
+    return first

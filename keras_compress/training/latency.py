@@ -146,7 +146,8 @@ class _Search:
         return {g.name: int(keep[g.channels].sum()) for g in self.prunable.groups}
 
     def write(self, level):
-        set_masks(self.prunable, self.prunable.keep(level, self.scores))
+        keep = self.prunable.keep(level, self.scores)
+        set_masks(self.prunable.graph, self.prunable.coupling, keep)
         export(strip(self.twin), self.path, verify=False)
 
     def profile(self, level):

@@ -129,7 +129,7 @@ class Judge:
         """Return the loss of a copy of the model that has been pruned and trained for a while."""
         for variable, value in zip(self.variables, self.values, strict=True):
             variable.assign(np.array(value))  # a copy: on JAX, a step may overwrite its input
-        set_masks(self.prunable, keep)
+        set_masks(self.prunable.graph, self.prunable.coupling, keep)
         training = self.search.training
         for step in range(self.search.options.train_steps):
             inputs, targets, weights = training[step % len(training)]
