@@ -66,6 +66,18 @@ def test_heads_and_hidden_units_that_are_off_are_removed():
     assert_same(outputs(kc.strip(small)), expected)
 
 
+def test_zeros_that_are_lost_are_told_of(caplog):
+    model = switched()
+    for mask in masks(model).values():
+        mask.importance.assign(np.indices(mask.importance.shape).sum(0) % 2 * 2.0 - 1)
+    move(model, 3)  # every second weight is off, and no channel
+    (record,) = caplog.records
+    head = masks(model)["head"].mask_values()
+    total = sum(mask.mask_values().size for mask in masks(model).values())
+    text = f"of a sparsity of 50.0%, {50 * head.size / total:.1f}% is left as whole channels"
+    assert text in record.message
+
+
 def test_removing_changes_nothing_but_the_weights_that_come_back():
     """With all other weights on, the fixed model is the masked one of before."""
     model = switched()

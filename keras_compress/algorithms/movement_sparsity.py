@@ -1,6 +1,7 @@
 """Movement sparsity: weights that shrink in training set to zero."""
 
 import functools
+import logging
 import math
 from typing import ClassVar, Literal
 
@@ -16,10 +17,13 @@ from keras_compress.algorithms.movement_structure import (
     resolve,
 )
 from keras_compress.algorithms.weight_sparsity import WeightSparsity
+from keras_compress.compressed_layer import PACKAGE
 from keras_compress.options import ConfigError, Flag, Options, integer, number, option
 from keras_compress.plan import Plan
 from keras_compress.scopes import Scopes
 from keras_compress.weight_masks import MovementMask
+
+logger = logging.getLogger(PACKAGE)
 
 SMALLEST_SHARE = 0.001  # of the weights may go at the start of the warm-up
 
@@ -246,8 +250,21 @@ class MovementSparsity(WeightSparsity):
     def _fix(self, model):
         masks = {(entry.layer.name, entry.weight): entry.mask for entry in self.masked(model)}
         if self.params.enable_structured_masking:
+            learnt = self.sparsity(model)
             resolve(model.graph(), masks)
+            self._warn_of_lost_zeros(learnt, self.sparsity(model))
         else:
             for mask in masks.values():
                 mask.fix()
         model.progress[self.name] = dict(model.progress[self.name]) | {"frozen": True}
+
+    def _warn_of_lost_zeros(self, learnt, kept):
+        """Say so where most zeros were not part of whole channels."""
+        if kept < learnt / 2:
+            logger.warning(
+                "movement_sparsity: of a sparsity of %.1f%%, %.1f%% is left as whole channels. "
+                "Choose `sparse_structure_by_scopes` that take whole channels away, such as "
+                "'per_dim', or set `enable_structured_masking` to false to keep every zero.",
+                100 * learnt,
+                100 * kept,
+            )
