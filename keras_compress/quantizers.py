@@ -22,10 +22,120 @@ logger = logging.getLogger(__name__)
 
 
 class Quantizer(Transform, abstract=True):
-    """Base of the uniform quantizers with a trained range.
+    """Base of all quantizers: transforms whose output takes few values, zero among them.
 
-    Shapes: `x` any; range variables `()` per tensor, else the size of x on the kept axes and 1
-    elsewhere: x `(3, 3, 16, 32)` with `axis=(-1,)` has variables `(1, 1, 1, 32)`.
+    Shapes: `x` any; variables of a range `()` per tensor, else the size of x on the kept axes and
+    1 elsewhere: x `(3, 3, 16, 32)` with `axis=(-1,)` has variables `(1, 1, 1, 32)`.
+
+    Without a range it lets x through in inference, and refuses to train. A staged quantizer has a
+    boolean variable `enabled`, `()`, false at first; until it is true x passes through unchanged,
+    with its gradient.
+
+    Invariants: `q(0) == 0` and `q(q(x)) == q(x)`, exactly.
+
+    A subclass defines `quantized`, `levels`, `effective_range`, `step` and `set_range`.
+
+    Args:
+        bits: width.
+        axis: None, or tuple of negative ints: the axes that keep a range value per index.
+        staged: whether it is switched on in the course of training.
+        calibrated: whether the range has been set; a model file brings it along.
+    """
+
+    def __init__(self, bits, axis=None, staged=False, calibrated=False, **kwargs):
+        super().__init__(**kwargs)
+        self.bits = bits
+        self.axis = _checked_axis(axis)
+        self.staged = staged
+        self.calibrated = calibrated
+        self.observer = None
+
+    @property
+    def levels(self):
+        """Number of grid values."""
+        raise NotImplementedError(f"{type(self).__name__} must define `levels`.")
+
+    @property
+    def range_variables(self):
+        """Variables of the range, a list: weight decay must not touch them."""
+        return []
+
+    @property
+    def undecayed_variables(self):
+        """The variables of the range, a list."""
+        return list(self.range_variables)
+
+    @property
+    def is_on(self):
+        """Whether it rounds: True but for a staged one that waits for its epoch."""
+        return not self.staged or bool(ops.convert_to_numpy(self.enabled))
+
+    def enable(self):
+        """Let a staged quantizer round from now on."""
+        if self.staged:
+            self.enabled.assign(True)
+
+    def build(self, input_shape):
+        if self.staged:
+            self.enabled = self.add_weight(
+                name="enabled", shape=(), initializer="zeros", dtype="bool", trainable=False
+            )
+
+    def set_range(self, minimum, maximum):
+        """Set the range from observed extremes and mark the quantizer as calibrated.
+
+        Args:
+            minimum: NumPy array that broadcasts to the shape of the variables.
+            maximum: the same.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define `set_range`.")
+
+    def quantized(self, inputs, training):
+        """Return the rounded tensor, with its gradient."""
+        raise NotImplementedError(f"{type(self).__name__} must define `quantized`.")
+
+    def call(self, inputs, training=None):
+        if self.observer is not None:
+            observe(inputs, self.observer.update)
+            # Depends on the range by a zero: optimizers warn of variables without a gradient.
+            return inputs + 0.0 * sum(ops.convert_to_tensor(v) for v in self.range_variables)
+        if not self.calibrated:
+            if training:
+                raise ValueError(
+                    f"The range of quantizer '{self.path}' was never set. Pass `data=` to "
+                    "`compress_model`, or train with the callback "
+                    "`keras_compress.callbacks.Compress()`."
+                )
+            return inputs
+        outputs = self.quantized(inputs, training)
+        if not self.staged:
+            return outputs
+        return ops.where(ops.convert_to_tensor(self.enabled), outputs, inputs)
+
+    def variable_shape(self, input_shape):
+        """Shape of the range variables for an input shape."""
+        if self.axis is None:
+            return ()
+        rank = len(input_shape)
+        shape = [input_shape[i] if i - rank in self.axis else 1 for i in range(rank)]
+        if min(self.axis) < -rank or None in shape:
+            raise ValueError(
+                f"The kept axes must exist and have a known size. Received: axis={self.axis}, "
+                f"input shape {tuple(input_shape)}"
+            )
+        return tuple(shape)
+
+    def get_config(self):
+        return super().get_config() | {
+            "bits": self.bits,
+            "axis": self.axis,
+            "staged": self.staged,
+            "calibrated": self.calibrated,
+        }
+
+
+class UniformQuantizer(Quantizer, abstract=True):
+    """Base of the quantizers with equal steps and a trained range.
 
     Formula, with `step = (high - low) / (levels - 1)`; low and high are whole multiples of it:
 
@@ -34,11 +144,8 @@ class Quantizer(Transform, abstract=True):
     Gradient: `dx = g` where `low <= x <= high`, else 0. That of the range has the rounding error
     inside the range and the clip indicator outside (see `fake_quantize`).
 
-    Invariants: `q(0) == 0` and `q(q(x)) == q(x)`, exactly.
-
     Args:
         bits: width, 2 to 8.
-        axis: None, or tuple of negative ints: the axes that keep a range value per index.
         signed: whether the symmetric grid has negative levels. None: decided by `set_range`.
         narrow_range: leave out one level, so that a signed grid is symmetric.
         half_range: train an 8-bit quantizer on 7-bit levels, [-63, 63] if signed. Exported as an
@@ -48,7 +155,7 @@ class Quantizer(Transform, abstract=True):
         gradient_scale: None, or `"lsq"`: multiply the gradient of the range by
             `1 / sqrt(n * level_high)`, n being the number of elements that share a range value.
         lr_multiplier: factor on the gradient of the range.
-        calibrated: whether the range has been set; a model file brings it along.
+        **kwargs: as for `Quantizer`.
     """
 
     def __init__(
@@ -61,12 +168,9 @@ class Quantizer(Transform, abstract=True):
         learnable=True,
         gradient_scale=None,
         lr_multiplier=1.0,
-        calibrated=False,
         **kwargs,
     ):
-        super().__init__(**kwargs)
-        self.bits = _checked_bits(bits, half_range)
-        self.axis = _checked_axis(axis)
+        super().__init__(_checked_bits(bits, half_range), axis, **kwargs)
         if gradient_scale not in (None, "lsq"):
             raise ValueError(f"Expected None or 'lsq'. Received: gradient_scale={gradient_scale!r}")
         self.signed = signed
@@ -75,23 +179,11 @@ class Quantizer(Transform, abstract=True):
         self.learnable = learnable
         self.gradient_scale = gradient_scale
         self.lr_multiplier = lr_multiplier
-        self.calibrated = calibrated
-        self.observer = None
 
     @property
     def levels(self):
         """Number of grid values."""
         return self.level_high - self.level_low + 1
-
-    @property
-    def range_variables(self):
-        """Variables of the range: weight decay must not touch them."""
-        raise NotImplementedError(f"{type(self).__name__} must define `range_variables`.")
-
-    @property
-    def undecayed_variables(self):
-        """The variables of the range, a list."""
-        return list(self.range_variables)
 
     @property
     def parametrization(self):
@@ -110,26 +202,7 @@ class Quantizer(Transform, abstract=True):
         grid = nudged_range(self.range_variables, self.parametrization)
         return tuple(np.array(ops.convert_to_numpy(tensor)) for tensor in grid)
 
-    def variable_shape(self, input_shape):
-        """Shape of the range variables for an input shape."""
-        if self.axis is None:
-            return ()
-        rank = len(input_shape)
-        shape = [input_shape[i] if i - rank in self.axis else 1 for i in range(rank)]
-        if min(self.axis) < -rank or None in shape:
-            raise ValueError(
-                f"The kept axes must exist and have a known size. Received: axis={self.axis}, "
-                f"input shape {tuple(input_shape)}"
-            )
-        return tuple(shape)
-
     def set_range(self, minimum, maximum):
-        """Set the range from observed extremes and mark the quantizer as calibrated.
-
-        Args:
-            minimum: NumPy array that broadcasts to the shape of the variables.
-            maximum: the same.
-        """
         shape = tuple(self.range_variables[0].shape)
         minimum, maximum = (np.asarray(a, dtype="float32") for a in (minimum, maximum))
         if not (np.isfinite(minimum).all() and np.isfinite(maximum).all()):
@@ -142,19 +215,7 @@ class Quantizer(Transform, abstract=True):
     def _assign_range(self, minimum, maximum):
         raise NotImplementedError(f"{type(self).__name__} must define `_assign_range`.")
 
-    def call(self, inputs, training=None):
-        if self.observer is not None:
-            observe(inputs, self.observer.update)
-            # Depends on the range by a zero: optimizers warn of variables without a gradient.
-            return inputs + 0.0 * sum(ops.convert_to_tensor(v) for v in self.range_variables)
-        if not self.calibrated:
-            if training:
-                raise ValueError(
-                    f"The range of quantizer '{self.path}' was never set. Pass `data=` to "
-                    "`compress_model`, or train with the callback "
-                    "`keras_compress.callbacks.Compress()`."
-                )
-            return inputs
+    def quantized(self, inputs, training):
         return fake_quantize(
             inputs, self.range_variables, self.parametrization, self._range_training
         )
@@ -165,15 +226,12 @@ class Quantizer(Transform, abstract=True):
 
     def get_config(self):
         return super().get_config() | {
-            "bits": self.bits,
-            "axis": self.axis,
             "signed": self.signed,
             "narrow_range": self.narrow_range,
             "half_range": self.half_range,
             "learnable": self.learnable,
             "gradient_scale": self.gradient_scale,
             "lr_multiplier": self.lr_multiplier,
-            "calibrated": self.calibrated,
         }
 
     def _add_range_variable(self, name, input_shape):
@@ -185,7 +243,7 @@ class Quantizer(Transform, abstract=True):
         )
 
 
-class SymmetricQuantizer(Quantizer):
+class SymmetricQuantizer(UniformQuantizer):
     """Quantizer with zero in the middle of its range (signed) or at its lower end (unsigned).
 
     Levels for b bits: signed `[-2^(b-1), 2^(b-1) - 1]`, unsigned `[0, 2^b - 1]`; a narrow range
@@ -198,7 +256,7 @@ class SymmetricQuantizer(Quantizer):
     Args:
         limit: the largest magnitude that values can have (6 after a ReLU6), past which the range
             does not grow. None: there is no such bound.
-        *args, **kwargs: as for `Quantizer`.
+        *args, **kwargs: as for `UniformQuantizer`.
 
     Example:
 
@@ -245,6 +303,7 @@ class SymmetricQuantizer(Quantizer):
         return Symmetric(self.level_low, self.level_high, self.limit)
 
     def build(self, input_shape):
+        super().build(input_shape)
         self.scale = self._add_range_variable("scale", input_shape)
 
     def _assign_range(self, minimum, maximum):
@@ -264,7 +323,7 @@ class SymmetricQuantizer(Quantizer):
         return super().get_config() | {"limit": self.limit}
 
 
-class AsymmetricQuantizer(Quantizer):
+class AsymmetricQuantizer(UniformQuantizer):
     """Quantizer with a free lower end and length; the range is widened until zero is on its grid.
 
     Levels `[0, 2^b - 1]`; a narrow range leaves out the highest. `signed` has no meaning here.
@@ -298,6 +357,7 @@ class AsymmetricQuantizer(Quantizer):
         return Asymmetric(self.level_high)
 
     def build(self, input_shape):
+        super().build(input_shape)
         self.low = self._add_range_variable("low", input_shape)
         self.range = self._add_range_variable("range", input_shape)
 

@@ -4,7 +4,6 @@ import keras
 
 from keras_compress.algorithms.quantizer_plan import FAKE_QUANTIZE
 from keras_compress.layers import CompressedLayer, FakeQuantize
-from keras_compress.quantizers import Quantizer
 from keras_compress.ranges import Observer
 
 
@@ -68,7 +67,5 @@ def _uncalibrated(model):
     return [
         layer
         for layer in model.layers
-        if isinstance(layer, FakeQuantize)
-        and isinstance(layer.quantizer, Quantizer)
-        and not layer.quantizer.calibrated
+        if isinstance(layer, FakeQuantize) and not layer.quantizer.calibrated
     ]
