@@ -49,6 +49,7 @@ bench: setup
 	$(BIN)/python benchmarks/pruned_latency.py
 	$(BIN)/python benchmarks/sparse_masks.py
 	$(BIN)/python benchmarks/sparse_latency.py
+	$(BIN)/python benchmarks/low_bit.py
 
 coverage: setup
 	$(BIN)/python -m pip install --quiet -e '.[dev,bench,hub]'

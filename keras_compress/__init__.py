@@ -3,6 +3,7 @@
 from keras_compress import callbacks, layers, quantizers
 from keras_compress.algorithms import (
     Algorithm,
+    Binarization,
     ConstSparsity,
     FilterPruning,
     MagnitudeSparsity,
@@ -17,6 +18,7 @@ from keras_compress.export import VerifyReport, export, verify
 from keras_compress.layers import register_layer
 from keras_compress.options import ConfigError, KeyStatus
 from keras_compress.plan import Plan
+from keras_compress.plots import draw_pareto
 from keras_compress.report import Report, report
 from keras_compress.shrink import shrink
 
@@ -24,6 +26,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Algorithm",
+    "Binarization",
     "CompressedModel",
     "Config",
     "ConfigError",
@@ -39,6 +42,7 @@ __all__ = [
     "VerifyReport",
     "callbacks",
     "compress_model",
+    "draw_pareto",
     "export",
     "layers",
     "plan",

@@ -9,33 +9,43 @@ from rich.console import Console
 from rich.progress import Progress, track
 
 from keras_compress.algorithms import Algorithm
-from keras_compress.compressed_model import CompressedModel
+from keras_compress.compressed_model import compressed_by
 from keras_compress.config import Config
 from keras_compress.data import input_batches
-from keras_compress.graph.rebuild import rebuild
 from keras_compress.graph.trace import trace
-from keras_compress.layers import PACKAGE, CompressedLayer, FakeQuantize, compressed_class
+from keras_compress.layers import PACKAGE, CompressedLayer, FakeQuantize
 from keras_compress.options import ConfigError
 from keras_compress.plan import Plan
 from keras_compress.training.batch_norm import adapt_batch_norm
 from keras_compress.training.latency import find_latency_level
 from keras_compress.training.legr import RankingSearch
+from keras_compress.training.precision import Found, PrecisionSearch
 
 logger = logging.getLogger(PACKAGE)
 
+_WIDTHS_UNKNOWN = (
+    "Widths are searched for when there are labelled data: `plan(model, config, data=...)`."
+)
 
-def plan(model, config):
+
+def plan(model, config, data=None):
     """Say what `compress_model` would do, without doing it.
 
     Args:
         model: any built Keras 3 model.
         config: dict, path of a JSON file, or `Config`.
+        data: labelled samples for a search for widths (HAWQ), as `compress_model` takes them. None:
+            widths are searched for only where a file with traces is there.
 
     Returns:
         A `Plan`: printable, and a dictionary through `.to_dict()`.
     """
     config = _loaded(config)
-    return _plan(_checked_graph(model), config)
+    graph = _checked_graph(model)
+    if not PrecisionSearch.is_possible(config, data):
+        return _plan(graph, config).merge(Plan(graph.name, notes=(_WIDTHS_UNKNOWN,)))
+    found = _find_widths(config, graph, model, data, verbose=False)
+    return _with_widths(_plan(graph, found.config), config, found)
 
 
 def compress_model(model, config, data=None, verbose=True):
@@ -62,10 +72,12 @@ def compress_model(model, config, data=None, verbose=True):
     """
     config = _loaded(config)
     graph = _checked_graph(model)
-    decided = _plan(graph, config, with_data=data is not None)
+    found = _find_widths(config, graph, model, data, verbose)
+    asked, config = config, found.config
+    decided = _with_widths(_plan(graph, config, with_data=data is not None), asked, found)
     search = RankingSearch.of(config, model, data, graph.inputs)
     batches = None if data is None else _read(data, graph, config)
-    compressed = _rebuild(graph, decided, config)
+    compressed = compressed_by(graph, decided, config)
     for status in decided.keys:
         level = logging.INFO if status.status == "honoured" else logging.WARNING
         logger.log(level, "%s: %s (%s)", status.key, status.status, status.reason)
@@ -74,6 +86,24 @@ def compress_model(model, config, data=None, verbose=True):
     _find_level(compressed, model, config, verbose)
     _prepare(compressed, config, batches, verbose)
     return compressed
+
+
+def _find_widths(config, graph, model, data, verbose):
+    """Return the configuration with every width written out, where it asks for a search."""
+    search = PrecisionSearch.of(config, graph, model, data)
+    if search is None:
+        return Found(config, (), ())
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not verbose) as bar:
+        task = bar.add_task("traces of the Hessian", total=search.precision.draws)
+        return search.run(lambda draw, _: bar.update(task, completed=draw))
+
+
+def _with_widths(decided, asked, found):
+    """Return a plan that shows what was searched for, and the keys that were asked for."""
+    return dataclasses.replace(
+        decided, precision=found.entries, front=found.front, keys=asked.key_report()
+    )
 
 
 def _loaded(config):
@@ -114,30 +144,6 @@ def _in_order(config):
     return sorted(config.algorithms, key=lambda algorithm: algorithm.stage)
 
 
-def _rebuild(graph, decided, config):
-    """Build the compressed model that a plan describes."""
-    by_layer = {}
-    for entry in decided.weights:
-        transforms = by_layer.setdefault(entry.layer, {})
-        transforms[entry.weight] = [make() for make in entry.transforms]
-
-    def swap(node):
-        if node.name not in by_layer:
-            return None
-        config = node.op.get_config() | {"name": node.name, "transforms": by_layer[node.name]}
-        return compressed_class(node.op, by_layer[node.name]).from_config(config)
-
-    quantize = [
-        (entry.group, FakeQuantize(entry.transform(), name=entry.name)) for entry in decided.edges
-    ]
-    compression = {
-        "config": config.to_dict(),
-        "plan": decided.to_dict(),
-        "weight_map": graph.weight_map.to_dict(),
-    }
-    return rebuild(graph, swap, quantize, CompressedModel, compression=compression)
-
-
 def _read(data, graph, config):
     """Read and check the samples that calibration and batch-norm adaptation need."""
     samples = max((algorithm.samples_needed for algorithm in config.algorithms), default=0)
@@ -147,7 +153,7 @@ def _read(data, graph, config):
 def _learn_ranking(model, search, graph, config, verbose):
     """Let LeGR find the ranking of the filters, on a model that has masks and nothing else."""
     pruning = search.pruning
-    candidate = _rebuild(graph, pruning.plan(graph, config, with_data=True), config)
+    candidate = compressed_by(graph, pruning.plan(graph, config, with_data=True), config)
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not verbose) as bar:
         task = bar.add_task("learning the ranking", total=search.options.generations)

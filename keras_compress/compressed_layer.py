@@ -81,6 +81,18 @@ def _accepted(cls, config):
     return {key: value for key, value in config.items() if key in parameters}
 
 
+def set_range_from(quantizer, values, observer):
+    """Set the range of a weight quantizer from a weight, a NumPy array, by a fresh `Observer`."""
+    observer.update(values[None])
+    low, high = observer.result()
+    shape = quantizer.variable_shape(values.shape)
+    quantizer.set_range(low.reshape(shape), high.reshape(shape))
+
+
+def _plain_observer(quantizer):
+    return Observer(axis=quantizer.axis)
+
+
 class CompressedLayer:
     """Mixin placed before a Keras layer class; reads that layer's weights through transforms.
 
@@ -224,22 +236,19 @@ class CompressedLayer:
         with _outside_of_graphs():
             self.initialize_ranges()
 
-    def initialize_ranges(self, make_observer=Observer, force=False):
+    def initialize_ranges(self, make_observer=_plain_observer, force=False):
         """Set the range of the weight quantizers from the weights that reach them.
 
         Args:
-            make_observer: function that gives a fresh `Observer`, called with `axis=`.
+            make_observer: function of a quantizer that gives a fresh `Observer` for it.
             force: whether ranges that are set already are set anew.
         """
         for weight in self.weight_names:
             for quantizer in self.transforms_of(weight):
                 if isinstance(quantizer, Quantizer) and (force or not quantizer.calibrated):
                     with _outside_of_graphs():
-                        observer = make_observer(axis=quantizer.axis)
-                        observer.update(self.raw_weight(weight).numpy()[None])
-                        low, high = observer.result()
-                        shape = quantizer.variable_shape(self.raw_weight(weight).shape)
-                        quantizer.set_range(low.reshape(shape), high.reshape(shape))
+                        values = self.raw_weight(weight).numpy()
+                        set_range_from(quantizer, values, make_observer(quantizer))
 
     # Conv and Dense save what their `kernel` property returns, which is the transformed weight.
     def save_own_variables(self, store):

@@ -15,6 +15,7 @@ from keras_compress.layers import (
     PACKAGE,
     CompressedLayer,
     FakeQuantize,
+    compressed_class,
     exclude_from_weight_decay,
 )
 from keras_compress.masks import ChannelMask
@@ -123,6 +124,36 @@ class CompressedModel(keras.Model):
 
     def get_config(self):
         return super().get_config() | {"compression": self._compression}
+
+
+def compressed_by(graph, decided, config):
+    """Return the `CompressedModel` that a `Plan` describes, before anything is calibrated.
+
+    Args:
+        graph: the `Graph` of the user's model.
+        decided: the `Plan`.
+        config: the `Config` that it carries.
+    """
+    by_layer = {}
+    for entry in decided.weights:
+        transforms = by_layer.setdefault(entry.layer, {})
+        transforms[entry.weight] = [make() for make in entry.transforms]
+
+    def swap(node):
+        if node.name not in by_layer:
+            return None
+        config = node.op.get_config() | {"name": node.name, "transforms": by_layer[node.name]}
+        return compressed_class(node.op, by_layer[node.name]).from_config(config)
+
+    quantize = [
+        (entry.group, FakeQuantize(entry.transform(), name=entry.name)) for entry in decided.edges
+    ]
+    compression = {
+        "config": config.to_dict(),
+        "plan": decided.to_dict(),
+        "weight_map": graph.weight_map.to_dict(),
+    }
+    return rebuild(graph, swap, quantize, CompressedModel, compression=compression)
 
 
 def strip(model, like=None):

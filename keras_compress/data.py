@@ -38,7 +38,7 @@ def input_batches(data, inputs, samples, batch_size=32):
         )
 
 
-def labelled_batches(data, inputs, limit, batch_size=32):
+def labelled_batches(data, inputs, limit, batch_size=32, samples=None):
     """Return up to `limit` batches `(inputs, targets, sample weights)`.
 
     Args:
@@ -46,6 +46,7 @@ def labelled_batches(data, inputs, limit, batch_size=32):
         inputs: the model's inputs, as for `input_batches`.
         limit: largest number of batches.
         batch_size: batch size for arrays.
+        samples: None, or number of samples after which no further batch is read.
 
     Returns:
         A list of triples: a flat list of NumPy arrays, one per model input; the targets in the
@@ -70,6 +71,8 @@ def labelled_batches(data, inputs, limit, batch_size=32):
             (targets, weights),
         )
         batches.append((arrays, targets, weights))
+        if samples is not None and sum(len(given[0]) for given, *_ in batches) >= samples:
+            break
     if not batches:
         raise ValueError(
             f"Expected labelled data with at least one batch. Received: data={data!r}, which gave "

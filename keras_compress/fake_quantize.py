@@ -40,25 +40,45 @@ class RangeTraining(NamedTuple):
     Attributes:
         learnable: False leaves out their gradient.
         multiplier: factor on their gradient.
-        lsq: whether to multiply it also by `1 / sqrt(n * level_high)`, n being the number of
-            elements that share a range value (Esser et al., arXiv:1902.08153, section 2.2).
+        lsq: whether to multiply it also by `level_high^2 / sqrt(n * level_high)`. Gradient descent
+            on the range, `level_high` steps long, then moves the step as it does with a gradient
+            of the step times `1 / sqrt(n * level_high)` (Esser et al., arXiv:1902.08153, section
+            2.2).
+        batched: whether the first axis of the tensor counts samples. Then n is the number of
+            elements of one sample that share a range value, else of the whole tensor.
+        rounding: False leaves the rounding error inside the range out: only clipped values move
+            the range (PACT, Choi et al., arXiv:1805.06085, section 3).
     """
 
     learnable: bool = True
     multiplier: float = 1.0
     lsq: bool = False
+    batched: bool = False
+    rounding: bool = True
 
-    def scaled(self, gradients, parametrization, x):
-        """Return the gradients of the parameters times their factor."""
+    def gradients(self, parametrization, parameters, x, rounding, below, above):
+        """Return the gradients of the parameters of a range, from the three sums.
+
+        LSQ's gradient has the rounding error in steps, so over the highest value; without it the
+        error counts over the length of the range, which is twice that where there are signs.
+        """
+        if self.lsq:
+            rounding = rounding * ((parametrization.levels - 1) / parametrization.level_high)
+        gradients = parametrization.gradients(parameters, rounding, below, above)
+        return self._scaled(gradients, parametrization, x)
+
+    def _scaled(self, gradients, parametrization, x):
         if not self.lsq:
             if self.multiplier == 1.0:
                 return gradients
             factor = self.multiplier
         else:
-            elements = ops.cast(ops.size(x), "float32") / ops.cast(
+            counted = x[0] if self.batched else x
+            elements = ops.cast(ops.size(counted), "float32") / ops.cast(
                 ops.size(gradients[0]), "float32"
             )
-            factor = self.multiplier * ops.rsqrt(elements * float(parametrization.level_high))
+            level = float(parametrization.level_high)
+            factor = self.multiplier * level**1.5 * ops.rsqrt(elements)
         return tuple(gradient * factor for gradient in gradients)
 
 
@@ -197,10 +217,9 @@ def _backward(g, x, parameters, parametrization, training):
     def total(values):
         return ops.reshape(ops.sum(values, axis=axes, keepdims=True), kept_shape)
 
-    rounding = total(dx * (_round(x, *grid) - x))
     below, above = (total(ops.where(where, g, 0.0)) for where in (is_below, is_above))
-    gradients = parametrization.gradients(parameters, rounding, below, above)
-    return dx, training.scaled(gradients, parametrization, x)
+    rounding = total(dx * (_round(x, *grid) - x)) if training.rounding else 0.0
+    return dx, training.gradients(parametrization, parameters, x, rounding, below, above)
 
 
 def _forward(x, parameters, parametrization):
@@ -264,11 +283,10 @@ def _tensorflow():
             y = grid.forward(x)
 
             def backward(g):
-                dx, *sums = grid.backward(g, x, y, training.learnable)
+                dx, *sums = grid.backward(g, x, y, training)
                 if not sums:
                     return dx, *(None for _ in parameters)
-                gradients = parametrization.gradients(parameters, *sums)
-                return dx, *training.scaled(gradients, parametrization, x)
+                return dx, *training.gradients(parametrization, parameters, x, *sums)
 
             return y, backward
 
@@ -325,15 +343,17 @@ class _TensorFlowGrid:
         )
         return self._restored(y, x)
 
-    def backward(self, g, x, y, with_sums):
-        """Return `dx` and, where `with_sums`, the sums (rounding, below, above) per range value."""
+    def backward(self, g, x, y, training):
+        """Return `dx` and, where the range is trained, the sums (rounding, below, above) for it."""
         tf = self.tf
         if not self.per_channel:
             dx, below, above = tf.quantization.fake_quant_with_min_max_vars_gradient(
                 g, x, self.low, self.high, **self.options
             )
-            if not with_sums:
+            if not training.learnable:
                 return (dx,)
+            if not training.rounding:
+                return dx, 0.0, *(tf.reshape(t, self.range_shape) for t in (below, above))
             with tf.control_dependencies([dx]):  # the last reader of x: its memory can be reused
                 error = y - x
             # A matrix product of one row and one column: products are summed without being stored.
@@ -345,9 +365,11 @@ class _TensorFlowGrid:
             self._channels_last(g), flat, self.low, self.high, **self.options
         )
         restored = self._restored(dx, x)
-        if not with_sums:
+        if not training.learnable:
             return (restored,)
-        rounding = tf.reduce_sum(dx * (self._channels_last(y) - flat), axis=0)
+        rounding = tf.zeros_like(below)
+        if training.rounding:
+            rounding = tf.reduce_sum(dx * (self._channels_last(y) - flat), axis=0)
         return restored, *(tf.reshape(t, self.range_shape) for t in (rounding, below, above))
 
     def _channels_last(self, x):

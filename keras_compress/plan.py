@@ -76,6 +76,39 @@ class SizeEntry:
 
 
 @dataclasses.dataclass(frozen=True)
+class PrecisionEntry:
+    """The width that a search chose for a layer, and why.
+
+    Attributes:
+        layer: its name.
+        parameters: how many weights it has.
+        trace: average trace of the loss's Hessian with respect to them.
+        perturbations: {bits: squared norm of what rounding to so many bits changes}.
+        bits: width of its weights.
+        bytes: of its weights in the IR at that width, steps included.
+        loss: that is predicted to come from it.
+        activation_bits: width of the tensor that it multiplies by; None where that is not rounded.
+    """
+
+    layer: str
+    parameters: int
+    trace: float
+    perturbations: dict
+    bits: int
+    bytes: int
+    loss: float
+    activation_bits: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class SizeOfChoice:
+    """A best choice of widths: bytes of the quantized weights, and the loss predicted to come."""
+
+    bytes: int
+    loss: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Untouched:
     """An operation left in float: why, its FLOPs per sample and their share of the model's."""
 
@@ -96,6 +129,8 @@ class Plan(Rendered):
         edges: tuple of `EdgeEntry`.
         groups: tuple of `GroupEntry`: channels that can only be removed together.
         sizes: tuple of `SizeEntry`: what pruning leaves.
+        precision: tuple of `PrecisionEntry`: widths that were searched for.
+        front: tuple of `SizeOfChoice`, by rising size: no other choice is better in both.
         untouched: tuple of `Untouched`, largest share of FLOPs first.
         keys: what became of each configuration key (`KeyStatus`).
         notes: remarks on the whole, e.g. where ranges will come from.
@@ -106,6 +141,8 @@ class Plan(Rendered):
     edges: tuple = ()
     groups: tuple = ()
     sizes: tuple = ()
+    precision: tuple = ()
+    front: tuple = ()
     untouched: tuple = ()
     keys: tuple = ()
     notes: tuple = ()
@@ -128,6 +165,8 @@ class Plan(Rendered):
             edges=self.edges + other.edges,
             groups=self.groups + other.groups,
             sizes=self.sizes + other.sizes,
+            precision=self.precision + other.precision,
+            front=self.front + other.front,
             untouched=self.untouched + other.untouched,
             keys=self.keys + other.keys,
             notes=self.notes + other.notes,
@@ -157,6 +196,8 @@ class Plan(Rendered):
             ],
             "groups": [dataclasses.asdict(entry) for entry in self.groups],
             "sizes": [dataclasses.asdict(entry) | {"level": entry.level} for entry in self.sizes],
+            "precision": [dataclasses.asdict(entry) for entry in self.precision],
+            "front": [dataclasses.asdict(entry) for entry in self.front],
             "untouched": [dataclasses.asdict(entry) for entry in self.untouched],
             "float_share": self.float_share,
             "keys": [dataclasses.asdict(entry) for entry in self.keys],
@@ -172,6 +213,11 @@ class Plan(Rendered):
             columns = ("group", "layers", "channels", "kept", "why all are kept")
             parts.append(_table("Channels", columns, self._group_rows()))
             parts.append(size_table(self.sizes))
+        if self.precision:
+            widths = sorted({bits for e in self.precision for bits in e.perturbations})
+            errors = [f"error, {bits} bits" for bits in widths]
+            columns = ("layer", "weights", "trace", *errors, "bits", "of its input")
+            parts.append(_table("Precision", columns, self._precision_rows(widths)))
         if self.untouched:
             title = f"Left in float ({self.float_share:.2%} of the FLOPs)"
             rows = [(e.layer, e.type, f"{e.share:.2%}", e.reason) for e in self.untouched]
@@ -183,6 +229,24 @@ class Plan(Rendered):
 
     def _weight_rows(self):
         return [(e.layer, e.weight, e.description) for e in self.weights]
+
+    def _precision_rows(self, widths):
+        rows = []
+        for e in self.precision:
+            errors = (
+                f"{e.perturbations[bits]:.3g}" if bits in e.perturbations else "" for bits in widths
+            )
+            rows.append(
+                (
+                    e.layer,
+                    f"{e.parameters:,}",
+                    f"{e.trace:.3g}",
+                    *errors,
+                    e.bits,
+                    e.activation_bits or "float",
+                )
+            )
+        return rows
 
     def _group_rows(self):
         return [(e.name, len(e.layers), e.channels, e.kept, e.reason) for e in self.groups]

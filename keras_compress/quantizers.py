@@ -13,9 +13,10 @@ from keras_compress.fake_quantize import (
     nudged_range,
     observe,
 )
+from keras_compress.ranges import Grid
 from keras_compress.transforms import Transform
 
-SMALLEST_RANGE = 0.1  # floor of an initial scale or range
+SMALLEST_RANGE = 0.1  # floor of an initial scale or range at 8 bits; fewer have as small a step
 SMALLEST_SHARE = 0.01  # the same, as a share of the largest among the channels
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,11 @@ class Quantizer(Transform, abstract=True):
     def levels(self):
         """Number of grid values."""
         raise NotImplementedError(f"{type(self).__name__} must define `levels`.")
+
+    @property
+    def grid(self):
+        """The `Grid` that estimators of the range may need to know."""
+        return Grid(self.bits)
 
     @property
     def range_variables(self):
@@ -153,7 +159,10 @@ class UniformQuantizer(Quantizer, abstract=True):
             without VNNI.
         learnable: whether the range is trained.
         gradient_scale: None, or `"lsq"`: multiply the gradient of the range by
-            `1 / sqrt(n * level_high)`, n being the number of elements that share a range value.
+            `level_high^2 / sqrt(n * level_high)`, n being the number of elements that share a
+            range value, in one sample where the first axis has no fixed size: see `RangeTraining`.
+        range_gradient: `"rounding"`, or `"clipping"`: leave the rounding error out of the gradient
+            of the range, which clipped values alone move then (PACT).
         lr_multiplier: factor on the gradient of the range.
         **kwargs: as for `Quantizer`.
     """
@@ -167,17 +176,23 @@ class UniformQuantizer(Quantizer, abstract=True):
         half_range=False,
         learnable=True,
         gradient_scale=None,
+        range_gradient="rounding",
         lr_multiplier=1.0,
         **kwargs,
     ):
         super().__init__(_checked_bits(bits, half_range), axis, **kwargs)
         if gradient_scale not in (None, "lsq"):
             raise ValueError(f"Expected None or 'lsq'. Received: gradient_scale={gradient_scale!r}")
+        if range_gradient not in ("rounding", "clipping"):
+            raise ValueError(
+                f"Expected 'rounding' or 'clipping'. Received: range_gradient={range_gradient!r}"
+            )
         self.signed = signed
         self.narrow_range = narrow_range
         self.half_range = half_range
         self.learnable = learnable
         self.gradient_scale = gradient_scale
+        self.range_gradient = range_gradient
         self.lr_multiplier = lr_multiplier
 
     @property
@@ -197,6 +212,10 @@ class UniformQuantizer(Quantizer, abstract=True):
     def effective_range(self):
         """Return the lowest and the highest grid value, (low, high), exactly as `call` has them."""
         return self._range()[:2]
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        self._batched = bool(input_shape) and input_shape[0] is None
 
     def _range(self):
         grid = nudged_range(self.range_variables, self.parametrization)
@@ -222,7 +241,13 @@ class UniformQuantizer(Quantizer, abstract=True):
 
     @property
     def _range_training(self):
-        return RangeTraining(self.learnable, self.lr_multiplier, self.gradient_scale == "lsq")
+        return RangeTraining(
+            self.learnable,
+            self.lr_multiplier,
+            lsq=self.gradient_scale == "lsq",
+            batched=self._batched,
+            rounding=self.range_gradient == "rounding",
+        )
 
     def get_config(self):
         return super().get_config() | {
@@ -231,6 +256,7 @@ class UniformQuantizer(Quantizer, abstract=True):
             "half_range": self.half_range,
             "learnable": self.learnable,
             "gradient_scale": self.gradient_scale,
+            "range_gradient": self.range_gradient,
             "lr_multiplier": self.lr_multiplier,
         }
 
@@ -295,6 +321,11 @@ class SymmetricQuantizer(UniformQuantizer):
         return self.bits - self.half_range
 
     @property
+    def grid(self):
+        narrow = self.narrow_range or self.half_range
+        return Grid(self._trained_bits, True, self.signed, narrow)
+
+    @property
     def range_variables(self):
         return [self.scale]
 
@@ -317,7 +348,7 @@ class SymmetricQuantizer(UniformQuantizer):
             )
         self.signed = both_signs or self.signed is True
         scale = np.maximum(np.abs(minimum), np.abs(maximum))
-        self.scale.assign(_floored(scale))
+        self.scale.assign(_floored(scale, self.bits))
 
     def get_config(self):
         return super().get_config() | {"limit": self.limit}
@@ -349,6 +380,10 @@ class AsymmetricQuantizer(UniformQuantizer):
         return 2 ** (self.bits - self.half_range) - 1 - self.narrow_range
 
     @property
+    def grid(self):
+        return Grid(self.bits - self.half_range, False, None, self.narrow_range)
+
+    @property
     def range_variables(self):
         return [self.low, self.range]
 
@@ -363,13 +398,13 @@ class AsymmetricQuantizer(UniformQuantizer):
 
     def _assign_range(self, minimum, maximum):
         length = maximum - minimum
-        floored = _floored(length)
+        floored = _floored(length, self.bits)
         self.low.assign(minimum - (floored - length) / 2)
         self.range.assign(floored)
 
 
-def _floored(values):
-    floor = max(SMALLEST_SHARE * float(values.max()), SMALLEST_RANGE)
+def _floored(values, bits):
+    floor = max(SMALLEST_SHARE * float(values.max()), SMALLEST_RANGE * 2**bits / 2**8)
     return np.maximum(values, np.float32(floor))
 
 

@@ -35,8 +35,9 @@ class LayerReport:
             weights are float, or there are none.
         activation_bits: width of the input, the widest if they differ; None where it is float.
         bytes_before: size of the weights in float32.
-        bytes_after: size as OpenVINO IR stores them: whole numbers of 2, 4 or 8 bits and a float32
-            step per range; weights without a quantizer, or on a grid with an offset, are float32.
+        bytes_after: size as OpenVINO IR stores them: whole numbers of 1, 2, 4 or 8 bits and a
+            float32 step per range; weights without a quantizer, or on a grid with an offset, are
+            float32.
         reason: why the layer was left in float, where it was.
     """
 
@@ -163,8 +164,8 @@ def report(model):
     """Say what a Keras model is made of.
 
     In a compressed model the widths are those of its quantizers. In a stripped or plain model the
-    width of a weight is found in its values, as export finds it: 8, 4 or 2 bits if they lie on such
-    a grid.
+    width of a weight is found in its values, as export finds it: 8, 4, 2 bits or 1 if they lie on
+    such a grid.
 
     Args:
         model: any built Keras model: compressed, stripped or plain.
@@ -230,6 +231,8 @@ def _trained_integers(layer):
     for weight in layer_spec(layer).weights:
         size = math.prod(layer.raw_weight(weight).shape)
         for quantizer in layer.transforms_of(weight):
+            if isinstance(quantizer, Quantizer) and not quantizer.is_on:
+                continue
             if isinstance(quantizer, SymmetricQuantizer):
                 stored = _stored_bytes(size, _stored_bits(quantizer), quantizer.scale)
                 rows.append((quantizer.bits, size, stored))
@@ -278,7 +281,8 @@ def _edge_bits(edge):
     if node is None or node.role not in (Role.FAKE_QUANTIZE, Role.MOVEMENT):
         return None
     if node.role is Role.FAKE_QUANTIZE:
-        return node.op.quantizer.bits
+        quantizer = node.op.quantizer
+        return quantizer.bits if quantizer.is_on else None
     widths = [_edge_bits(source) for source in node.inputs]
     return max(widths) if widths and None not in widths else None
 

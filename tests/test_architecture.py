@@ -30,16 +30,16 @@ PRIVATE_NAMES = r"""
 """
 # Lower may not import higher. A package counts with everything inside it.
 LEVELS = [
-    {"schedules", "sparsity_schedules", "importance", "sparsity"}
+    {"schedules", "sparsity_schedules", "importance", "sparsity", "bit_search"}
     | {"options", "scopes", "ranges", "rendering"},
-    {"transforms", "fake_quantize", "quantizers", "masks", "weight_masks"}
+    {"transforms", "fake_quantize", "quantizers", "binary_quantizers", "masks", "weight_masks"}
     | {"layer_specs", "accuracy_aware"},
     {"layers", "prunable_layers", "compressed_layer"},
     {"graph", "plan"},
     {"algorithms"},
     {"config", "data"},
-    {"compressed_model", "training.batch_norm", "training.legr"},
-    {"export", "report", "shrink"},
+    {"compressed_model", "training.batch_norm", "training.legr", "training.compiled"},
+    {"export", "report", "shrink", "plots"},
     {"training"},
     {"compress"},
     {"callbacks"},

@@ -103,3 +103,14 @@ def test_values_that_are_not_finite_are_on_no_grid(value):
 
 def test_an_empty_weight_is_on_no_grid():
     assert integer_weight(np.zeros((0, 4), "float32"), (-1,)) is None
+
+
+def test_signs_alone_take_one_bit():
+    signs = np.random.default_rng(5).choice([-1, 1], (3, 3, 8, 16)).astype("float32")
+    step = np.random.default_rng(6).uniform(0.01, 1, 16).astype("float32")
+    found = integer_weight(signs * step, (-1,))
+    assert found.storage == "u1"
+    np.testing.assert_array_equal(found.codes, signs)
+    np.testing.assert_array_equal(restored(found).astype("float32"), signs * step)
+    signs[0, 0, 0, 0] = 0
+    assert integer_weight(signs * step, (-1,)).storage == "u2"

@@ -242,8 +242,14 @@ def test_range_gradient_is_scaled_as_asked():
 
     plain = d_scale(RangeTraining())
     np.testing.assert_allclose(d_scale(RangeTraining(multiplier=0.25)), plain / 4, rtol=1e-6)
-    lsq = plain / np.sqrt(40 * 7)
+    within = 7 / 14  # the rounding error counts over the highest value, not over the range
+    inside = d_scale(RangeTraining()) - d_scale(RangeTraining(rounding=False))
+    plain = plain + inside * (1 / within - 1)
+    lsq = plain * 49 / np.sqrt(40 * 7)
     np.testing.assert_allclose(d_scale(RangeTraining(lsq=True)), lsq, rtol=1e-6)
+    of_samples = plain * 49 / np.sqrt(7)  # one value per sample and range
+    batched = RangeTraining(lsq=True, batched=True)
+    np.testing.assert_allclose(d_scale(batched), of_samples, rtol=1e-6)
     assert not d_scale(RangeTraining(learnable=False)).any()
 
 

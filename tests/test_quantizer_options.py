@@ -15,7 +15,7 @@ def test_default_specs():
     weight, activation = Quantization().weight_spec("a"), Quantization().activation_spec("a")
     assert (weight.bits, weight.signed, weight.per_channel) == (8, None, True)
     assert (activation.bits, activation.signed, activation.per_channel) == (8, None, False)
-    assert weight.range.type == "mixed_min_max"
+    assert weight.range.estimator(8) == "mixed_min_max" and weight.range.estimator(4) == "mse"
     assert (weight.range.min_percentile, weight.range.max_percentile) == (0.1, 99.9)
 
 
@@ -62,7 +62,7 @@ def test_first_range_that_covers_a_quantizer_counts():
     assert quantizing.weight_spec("a").range.type == "min_max"
     assert quantizing.weight_spec("b").range.type == "threesigma"
     assert quantizing.activation_spec("a").range.num_init_samples == 7
-    assert quantizing.activation_spec("c").range.type == "mixed_min_max"
+    assert quantizing.activation_spec("c").range.type is None
     assert quantizing.weight_spec("o").range.type == "percentile"
 
 

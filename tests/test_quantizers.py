@@ -15,7 +15,7 @@ from keras_compress.quantizers import (
 )
 from keras_compress.transforms import TRANSFORMS
 
-QUANTIZERS = [cls for cls in TRANSFORMS.values() if issubclass(cls, Quantizer)]
+QUANTIZERS = [cls for cls in TRANSFORMS.values() if issubclass(cls, UniformQuantizer)]
 every_quantizer = pytest.mark.parametrize("cls", QUANTIZERS)
 every_width = pytest.mark.parametrize("bits", range(2, 9))
 SHAPE = (4, 3, 6)
@@ -165,13 +165,73 @@ def test_gradient_factors(cls):
 
     def gradient(**kwargs):
         quantizer = calibrated(cls, x, axis=(-1,), bits=4, **kwargs)
-        level = quantizer.level_high
-        return layer_gradients(quantizer, x, x)[1][-1], level
+        return layer_gradients(quantizer, x, x)[1][-1], quantizer
 
-    plain, level = gradient()
+    plain, quantizer = gradient()
     np.testing.assert_allclose(gradient(lr_multiplier=0.1)[0], 0.1 * plain, rtol=1e-6)
-    lsq = plain / np.sqrt(x.size / 6 * level)
-    np.testing.assert_allclose(gradient(gradient_scale="lsq")[0], lsq, rtol=1e-6)
+    level = quantizer.level_high
+    clipped = gradient(range_gradient="clipping")[0]
+    by_step = clipped + (plain - clipped) * (quantizer.levels - 1) / level
+    lsq = by_step * level**2 / np.sqrt(x.size / 6 * level)
+    np.testing.assert_allclose(gradient(gradient_scale="lsq")[0], lsq, rtol=1e-5)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_descent_on_the_range_moves_the_step_as_lsq_does(signed):
+    """The gradient of the step by the formulas of arXiv:1902.08153, (3) and section 2.2."""
+    random = np.random.default_rng(2)
+    x, g = random.normal(size=(2, 32, 7)).astype("float32")
+    x = x if signed else np.abs(x)
+    quantizer = SymmetricQuantizer(bits=3, signed=signed, gradient_scale="lsq")
+    quantizer.build((None, 7))  # 32 samples
+    quantizer.set_range(np.float32(-0.9 if signed else 0.0), np.float32(0.9))
+    lowest, highest = (-4, 3) if signed else (0, 7)
+    step = 0.9 / highest
+    ratio = x / step
+    inside = np.round(ratio) - ratio
+    by_step = np.where(ratio <= lowest, lowest, np.where(ratio >= highest, highest, inside))
+    expected = (g * by_step).sum() / np.sqrt(7 * highest)
+    found = layer_gradients(quantizer, x, g)[1][1]
+    np.testing.assert_allclose(found / highest, expected, rtol=2e-4)  # the range is `highest` steps
+
+
+def test_clipping_leaves_the_rounding_error_out():
+    """PACT: the gradient of the range is that of the clipped values (arXiv:1805.06085, (3))."""
+    x = np.abs(data())
+    for axis in (None, (-1,)):
+        quantizer = SymmetricQuantizer(bits=3, signed=False, axis=axis, range_gradient="clipping")
+        quantizer.build(x.shape)
+        high = np.full(quantizer.variable_shape(x.shape), 0.8, "float32")
+        quantizer.set_range(0 * high, high)
+        _, (dx, d_range) = layer_gradients(quantizer, x, np.ones_like(x))
+        kept = None if axis is None else tuple(range(x.ndim - 1))
+        over = (x > quantizer.effective_range()[1]).sum(axis=kept)
+        np.testing.assert_allclose(d_range.reshape(-1), np.reshape(over, -1), rtol=1e-6)
+        assert over.min() > 0 and not dx[x > 0.81].any()
+
+
+@pytest.mark.parametrize("cls", [SymmetricQuantizer, AsymmetricQuantizer])
+def test_a_staged_quantizer_waits(cls):
+    x = data()
+    quantizer = calibrated(cls, x, bits=3, staged=True)
+    plain = calibrated(cls, x, bits=3)
+    value, (dx, *gradients) = layer_gradients(quantizer, x, np.ones_like(x))
+    np.testing.assert_array_equal(value, x)
+    np.testing.assert_array_equal(dx, np.ones_like(x))
+    assert not quantizer.is_on and not any(g.any() for g in gradients)
+    quantizer.enable()
+    assert quantizer.is_on and plain.is_on
+    for one, other in zip(
+        keras.tree.flatten(layer_gradients(quantizer, x, x)),
+        keras.tree.flatten(layer_gradients(plain, x, x)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_range_gradient_must_be_known():
+    with pytest.raises(ValueError, match="'rounding' or 'clipping'"):
+        SymmetricQuantizer(range_gradient="pact")
 
 
 @every_quantizer

@@ -125,6 +125,13 @@ class Algorithm(ValidatedScopes):
         """Whether how far it goes is to be found out by measuring the exported model."""
         return False
 
+    def claims(self, graph: Any) -> tuple[frozenset[str], frozenset[str]]:
+        """Returns (weights, inputs): names of layers whose weights, whose inputs it rounds itself.
+
+        Quantization leaves them alone.
+        """
+        return frozenset(), frozenset()
+
     def plan(self, graph: Any, config: Any, with_data: bool) -> Any:
         """Returns the `Plan`: what goes where on the graph. Required of a built algorithm."""
         raise NotImplementedError(f"{type(self).__name__} must say what it does: override `plan`.")

@@ -3,22 +3,29 @@
 from collections.abc import Iterable, Iterator
 from typing import ClassVar, Literal
 
+import keras
 import numpy as np
 
 from keras_compress import scopes
 from keras_compress.algorithms import calibration
 from keras_compress.algorithms.base import Algorithm, check_scopes
+from keras_compress.algorithms.precision_options import PrecisionInitializer, full_names
 from keras_compress.algorithms.quantizer_options import (
     ActivationGroup,
     QuantizerGroup,
     QuantizerInitializer,
+    QuantizerOverride,
     QuantizerSpec,
     RangeSpec,
     ScopeOverrides,
     StagedParams,
 )
 from keras_compress.algorithms.quantizer_plan import quantization_plan
+from keras_compress.algorithms.staging import activation_quantizers, switch_on
 from keras_compress.options import Flag, number, option
+from keras_compress.quantizers import UniformQuantizer
+
+KINDS = (UniformQuantizer,)
 
 # Targets whose kernels may add two products of 8 bits in 16, and so overflow.
 _OVERFLOWING_DEVICES = ("ANY", "CPU")
@@ -27,7 +34,8 @@ _OVERFLOWING_DEVICES = ("ANY", "CPU")
 class Quantization(Algorithm):
     """Quantization of weights and activations to 2 to 8 bits, learnt in training.
 
-    Two keys go beyond NNCF's format: `gradient_scale` and `learn_ranges`.
+    Four keys go beyond NNCF's format: `gradient_scale`, `learn_ranges`, `range_gradient` and
+    `range_decay`.
 
     Example:
 
@@ -69,10 +77,18 @@ class Quantization(Algorithm):
     compression_lr_multiplier: number(0) | None = option(
         None, "Factor on the gradient of ranges; the top-level key when not given."
     )
-    gradient_scale: Literal["lsq"] | None = option(
-        None, "lsq: divides the gradient of ranges by sqrt(values * highest level). Extension."
+    gradient_scale: Literal["lsq", "none"] | None = option(
+        None, "lsq: scales the gradient of ranges as LSQ does; if null, below 8 bits. Extension."
     )
     learn_ranges: Flag = option(True, "Whether ranges are trained. Extension.")
+    range_gradient: Literal["rounding", "clipping"] = option(
+        "rounding",
+        "rounding: from rounding errors and clipped values; clipping: from clipped values alone, "
+        "as PACT. Extension.",
+    )
+    range_decay: number(0) = option(
+        0.0, "Adds this half times the sum of squared activation ranges to the loss. Extension."
+    )
 
     @property
     def samples_needed(self) -> int:
@@ -91,6 +107,7 @@ class Quantization(Algorithm):
     def start(self, model, batches) -> None:
         """Sets ranges: of weights from the weights, of activations from `batches` if given."""
         calibration.calibrate_weights(self, model)
+        switch_on(self.params, model, 0, KINDS)
         if batches is None:
             return
         calibration.observe_activations(self, model)
@@ -105,6 +122,22 @@ class Quantization(Algorithm):
         elif seen >= self._range_samples:
             calibration.set_activation_ranges(model)
         return calibration.samples_seen(model) is not None
+
+    def begin_epoch(self, model, epoch: int) -> None:
+        """Switches on what has waited for this epoch; weights get their range anew then."""
+        if "weights" in switch_on(self.params, model, epoch, KINDS):
+            calibration.calibrate_weights(self, model)
+
+    def loss(self, model):
+        """Returns what decays the ranges of activations, or None."""
+        if not self.range_decay:
+            return None
+        ranges = [
+            quantizer.range_variables[-1]
+            for quantizer in activation_quantizers(model)
+            if isinstance(quantizer, KINDS) and quantizer.learnable
+        ]
+        return self.range_decay / 2 * sum(keras.ops.sum(keras.ops.square(r)) for r in ranges)
 
     def finish(self, model) -> None:
         """Makes do with the samples seen when training ended early."""
@@ -129,8 +162,8 @@ class Quantization(Algorithm):
     def weight_spec(self, layer_name: str) -> QuantizerSpec:
         """Returns what the weight quantizer of a layer shall be.
 
-        Precedence, weakest first: preset, `weights`, every matching entry of
-        `scope_overrides.weights` in the order written.
+        Precedence, weakest first: preset, `weights`, widths chosen by hand or by search, every
+        matching entry of `scope_overrides.weights` in the order written.
         """
         return self._spec("weights", layer_name, mode="symmetric", per_channel=True)
 
@@ -163,6 +196,21 @@ class Quantization(Algorithm):
             self.overflow_fix == "first_layer_only" and first_layer
         )
 
+    def overridden_bits(self, group: str, name: str) -> int | None:
+        """Returns the width that `scope_overrides` give a quantizer, or None."""
+        overrides = getattr(self.scope_overrides, group).items()
+        found = [each.bits for pattern, each in overrides if scopes.matches(pattern, name)]
+        return next((bits for bits in reversed(found) if bits is not None), None)
+
+    def with_widths(self, widths: dict[str, int]) -> "Quantization":
+        """Returns the same options with widths chosen: `{full name of a quantizer: bits}`."""
+        by_hand = PrecisionInitializer(
+            type="manual", bitwidth_per_scope=[(bits, name) for name, bits in widths.items()]
+        )
+        initializer = self.initializer.model_copy(update={"precision": by_hand})
+        initializer = type(initializer)(**dict(_written(initializer)))
+        return type(self)(**dict(_written(self)) | {"initializer": initializer})
+
     def check_scopes(self, weights: Iterable[str], activations: Iterable[str]) -> None:
         """Makes sure that every scope entry matches a node, where `validate_scopes` says so.
 
@@ -177,6 +225,8 @@ class Quantization(Algorithm):
         everything = [*names["weights"], *names["activations"]]
         for group, entries in self._checked_scopes():
             check_scopes(entries, names.get(group, everything))
+        by_hand = self.initializer.precision.scope_lists("initializer.precision.")
+        check_scopes(by_hand, full_names(weights=names["weights"], activations=everything))
 
     def _checked_scopes(self) -> Iterator[tuple[str, list]]:
         """Yields `(group or "", [(where written, entries)])` for all scope keys to validate."""
@@ -199,7 +249,9 @@ class Quantization(Algorithm):
         values["range"] = self.initializer.range_spec(group, name)
         options = getattr(self, group)
         overrides = getattr(self.scope_overrides, group)
-        layers = [options, *(o for p, o in overrides.items() if scopes.matches(p, name))]
+        by_hand = QuantizerOverride(bits=self.initializer.precision.bits_of(group, name))
+        chosen = [o for p, o in overrides.items() if scopes.matches(p, name)]
+        layers = [options, by_hand, *chosen]
         for layer in layers:
             for key in ("mode", "bits", "signed", "per_channel"):
                 value = getattr(layer, key)
@@ -209,3 +261,9 @@ class Quantization(Algorithm):
             if override.initializer.range is not None:
                 values["range"] = override.initializer.range.spec()
         return QuantizerSpec(**values)
+
+
+def _written(options):
+    """Yield (key, value) of the keys that were written."""
+    for name in options.model_fields_set:
+        yield name, getattr(options, name)

@@ -6,19 +6,24 @@ from typing import Literal
 import pydantic
 
 from keras_compress.algorithms.base import Initializer, ScopedOptions, ValidatedScopes
-from keras_compress.options import Flag, Options, Text, integer, number, one_or_many, option
+from keras_compress.algorithms.precision_options import Bits, PrecisionInitializer
+from keras_compress.options import Flag, Options, integer, number, one_or_many, option
 from keras_compress.scopes import Pattern, Scopes
 
-Bits = integer(2, 8)
 Group = Literal["weights", "activations"]
 Mode = Literal["symmetric", "asymmetric"]
 RangeType = Literal[
-    "mixed_min_max", "min_max", "mean_min_max", "threesigma", "percentile", "mean_percentile"
+    "mixed_min_max",
+    "min_max",
+    "mean_min_max",
+    "threesigma",
+    "percentile",
+    "mean_percentile",
+    "mse",
 ]
 
-_NO_PRECISION = "not built yet: mixed precision is planned for a later release; use scope_overrides"
 _NO_LOGARITHM = "not built yet: ranges are trained as they are, not as logarithms"
-_NO_STAGES = "not built yet: staged quantization is planned for a later release"
+_OPTIMIZER = "the training script's: set it on the optimizer"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,16 +31,23 @@ class RangeSpec:
     """How the first range of one quantizer is estimated.
 
     Args:
-        type: The estimator.
+        type: The estimator; None: by the width, see `estimator`.
         num_init_samples: Samples to look at.
         min_percentile: Percentile that becomes the lower end, for the percentile estimators.
         max_percentile: Percentile that becomes the upper end.
     """
 
-    type: str = "mixed_min_max"
+    type: str | None = None
     num_init_samples: int = 256
     min_percentile: float = 0.1
     max_percentile: float = 99.9
+
+    def estimator(self, bits: int) -> str:
+        """Returns the name of the estimator for a width.
+
+        At 8 bits the extremes matter most; below, the error that is left.
+        """
+        return self.type or ("mixed_min_max" if bits >= 8 else "mse")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +88,9 @@ class RangeParams(Options):
 class RangeInitializer(Options):
     """How initial ranges are estimated."""
 
-    type: RangeType = option("mixed_min_max", "The estimator.")
+    type: RangeType | None = option(
+        None, "The estimator; when not given, mixed_min_max at 8 bits and mse below."
+    )
     num_init_samples: integer(1) = option(256, "Calibration samples.")
     params: RangeParams = option(RangeParams(), "Percentiles, for the percentile estimators.")
 
@@ -102,39 +116,14 @@ class ScopedRangeInitializer(RangeInitializer, ScopedOptions):
         return self.target_quantizer_group in (None, group) and self.selects(name)
 
 
-class PrecisionInitializer(Options):
-    """How every quantizer finds its own width."""
-
-    type: Literal["hawq", "autoq", "manual"] | None = option(None, "The method.")
-    bits: tuple[Bits, ...] = option((2, 4, 8), "Candidate widths.")
-    num_data_points: integer(1) = option(100, "Samples for the trace of the Hessian.")
-    iter_number: integer(0) | None = option(None, "Iteration cap: 200 for HAWQ, 0 for AutoQ.")
-    tolerance: number(0) = option(1e-4, "Relative change at which the trace has converged.")
-    compression_ratio: number(0) | None = option(
-        None,
-        "HAWQ: bit complexity at 8 bits over mixed, at least (1.5). "
-        "AutoQ: size over float size, at most (0.15).",
-    )
-    eval_subset_ratio: number(0, 1) = option(1.0, "AutoQ: fraction of the evaluation data to use.")
-    warmup_iter_number: integer(0) = option(20, "AutoQ: random policies to begin with.")
-    bitwidth_per_scope: tuple[tuple[Bits, Pattern], ...] | None = option(
-        None, "Widths chosen by hand, as pairs of bits and scope."
-    )
-    traces_per_layer_path: Text | None = option(None, "File with traces of an earlier run.")
-    dump_init_precision_data: Flag = option(False, "Whether to write debugging data.")
-    bitwidth_assignment_mode: Literal["strict", "liberal"] = option(
-        "liberal", "strict: quantizers that feed one consumer get equal widths."
-    )
-
-
 class QuantizerInitializer(Initializer):
     """What happens once, right after quantizers have been placed."""
 
     range: one_or_many(ScopedRangeInitializer) = option(
         (), "How initial ranges are estimated; in a list, the first entry that covers one counts."
     )
-    precision: PrecisionInitializer | None = option(
-        None, "Mixed precision.", status="refused", reason=_NO_PRECISION
+    precision: PrecisionInitializer = option(
+        PrecisionInitializer(), "Mixed precision: a width for every quantizer."
     )
 
     def range_spec(self, group: str, name: str) -> RangeSpec:
@@ -196,25 +185,45 @@ class ScopeOverrides(Options):
 
 
 class StagedParams(Options):
-    """Staged quantization: switching quantizers on in the course of training."""
+    """Staged quantization: switching quantizers on in the course of training.
+
+    Where one of the two start epochs is written, both hold; else all quantizers round from the
+    start.
+
+    Example:
+
+    >>> params = StagedParams(weights_quant_start_epoch=3)
+    >>> params.start_epoch("weights"), params.start_epoch("activations")
+    (3, 1)
+    >>> StagedParams().stages("weights")
+    False
+    """
 
     batch_multiplier: integer(1) | None = option(
-        None, "Batches whose gradients are added up.", status="refused", reason=_NO_STAGES
+        None, "Batches whose gradients are added up.", status="ignored", reason=_OPTIMIZER
     )
-    activations_quant_start_epoch: number(0) = option(
-        1, "Epoch that switches activations on.", status="refused", reason=_NO_STAGES
-    )
-    weights_quant_start_epoch: number(0) = option(
-        1, "Epoch that switches weights on.", status="refused", reason=_NO_STAGES
-    )
+    activations_quant_start_epoch: number(0) = option(1, "Epoch that switches activations on.")
+    weights_quant_start_epoch: number(0) = option(1, "Epoch that switches weights on.")
     lr_poly_drop_start_epoch: number(0) | None = option(
-        None, "Epoch that begins the learning rate drop.", status="refused", reason=_NO_STAGES
+        None, "Epoch that begins the learning rate drop.", status="ignored", reason=_OPTIMIZER
     )
     lr_poly_drop_duration_epochs: number(0) = option(
-        30, "Length of the learning rate drop.", status="refused", reason=_NO_STAGES
+        30, "Length of the learning rate drop.", status="ignored", reason=_OPTIMIZER
     )
     disable_wd_start_epoch: number(0) | None = option(
-        None, "Epoch that stops weight decay.", status="refused", reason=_NO_STAGES
+        None, "Epoch that stops weight decay.", status="ignored", reason=_OPTIMIZER
     )
-    base_lr: number(0) = option(1e-3, "Initial learning rate.", status="refused", reason=_NO_STAGES)
-    base_wd: number(0) = option(1e-5, "Initial weight decay.", status="refused", reason=_NO_STAGES)
+    base_lr: number(0) = option(1e-3, "Initial learning rate.", status="ignored", reason=_OPTIMIZER)
+    base_wd: number(0) = option(1e-5, "Initial weight decay.", status="ignored", reason=_OPTIMIZER)
+
+    def start_epoch(self, group: str) -> float:
+        """Returns the epoch that switches a group of quantizers on; 0 where nothing is staged."""
+        if self.model_fields_set.isdisjoint(
+            ("activations_quant_start_epoch", "weights_quant_start_epoch")
+        ):
+            return 0
+        return getattr(self, f"{group}_quant_start_epoch")
+
+    def stages(self, group: str) -> bool:
+        """Says whether the quantizers of a group wait for their epoch."""
+        return self.start_epoch(group) > 0

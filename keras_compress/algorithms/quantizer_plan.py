@@ -9,8 +9,16 @@ from keras_compress.graph.placement import PRODUCTS, QuantizedEdge, folded_into,
 from keras_compress.graph.walk import SEPARATOR, Role, first_layers
 from keras_compress.layer_specs import DEPTHWISE, LAYERS
 from keras_compress.layers import layer_spec
+from keras_compress.options import ConfigError
 from keras_compress.plan import EdgeEntry, Plan, Untouched, WeightEntry
 from keras_compress.quantizers import AsymmetricQuantizer, SymmetricQuantizer
+
+# Widths that devices compute with; those not listed take 2 to 8 bits. NNCF's hardware files
+# say the same of GPU and NPU; on CPUs every width runs as 8 bits.
+DEVICE_WIDTHS = {
+    "GPU": {"weights": (8,), "activations": (8,)},
+    "NPU": {"weights": (2, 4, 8), "activations": (4, 8)},
+}
 
 FAKE_QUANTIZE = f"{SEPARATOR}fake_quantize"  # ends the name of an edge's quantizer layer
 
@@ -21,12 +29,13 @@ def quantization_plan(options, graph, config, with_data):
     Args:
         options: the `Quantization`.
         graph: the `Graph`.
-        config: the whole `Config` (target device, learning-rate multiplier).
+        config: the whole `Config` (target device, learning-rate multiplier, other algorithms).
         with_data: whether calibration data is at hand.
     """
     first = first_layers(graph)
     products = {node.name for node in graph.nodes if node.is_integer_product}
-    groups = _edge_groups(options, graph)
+    claimed = _claims(options, config, graph)
+    groups = _edge_groups(options, graph, *claimed)
     common = _common_arguments(options, config)
     weights = tuple(
         _weight_entry(
@@ -34,9 +43,10 @@ def quantization_plan(options, graph, config, with_data):
         )
         for node in graph.layer_nodes().values()
         if node.role is Role.WEIGHTED and options.selects_weight(node.name)
+        if node.name not in claimed[0]
         for weight in layer_spec(node.op).weights
     )
-    inputs = _input_edges(graph)
+    inputs = input_edges(graph)
     seconds = _second_operands(graph)
     edges = tuple(
         _edge_entry(options, config, group, common, inputs, not seconds.isdisjoint(group.edges))
@@ -55,21 +65,71 @@ def quantization_plan(options, graph, config, with_data):
         graph.name,
         weights=weights,
         edges=edges,
-        untouched=_untouched(options, graph, groups),
+        untouched=_untouched(options, graph, groups, *claimed),
         notes=(f"Weight ranges come from the weights, activation ranges from {source}.",),
     )
+
+
+def _claims(options, config, graph):
+    """Return (weights, inputs): names of the layers whose ones other algorithms round."""
+    others = [each for each in config.algorithms if each.built and each is not options]
+    weights, inputs = frozenset(), frozenset()
+    for algorithm in others:
+        found = algorithm.claims(graph)
+        weights, inputs = weights | found[0], inputs | found[1]
+    return weights, inputs
+
+
+def widths_of(group, device, candidates=range(2, 9)):
+    """Return those of some widths that a device computes with.
+
+    Args:
+        group: `"weights"` or `"activations"`.
+        device: the `target_device` of the configuration.
+        candidates: widths in bits.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    known = DEVICE_WIDTHS.get(device, {}).get(group)
+    fitting = [bits for bits in candidates if known is None or bits in known]
+    if not fitting:
+        raise ConfigError(
+            f"Expected widths of {group} that target_device {device} computes with, of "
+            f"{list(known)}. Received: {list(candidates)}. Target device TRIAL allows all."
+        )
+    return fitting
 
 
 def _common_arguments(options, config):
     return {
         "learnable": options.learn_ranges,
-        "gradient_scale": options.gradient_scale,
+        "range_gradient": options.range_gradient,
         "lr_multiplier": options.gradient_factor(config),
+    }
+
+
+def _check_width(group, name, bits, config):
+    try:
+        widths_of(group, config.target_device, [bits])
+    except ConfigError as error:
+        raise ConfigError(f"Quantizer of the {group} of '{name}': {error}") from None
+
+
+def _of_width(options, group, bits):
+    """Return the arguments that depend on width and group: few bits need the gradient scaled."""
+    scaled = "lsq" if bits < 8 else "none"
+    chosen = options.gradient_scale or scaled
+    return {
+        "bits": bits,
+        "gradient_scale": None if chosen == "none" else chosen,
+        "staged": options.params.stages(group),
     }
 
 
 def _weight_entry(options, config, node, weight, is_product, is_first, common):
     spec = options.weight_spec(node.name)
+    _check_width("weights", node.name, spec.bits, config)
     half_range = (
         spec.mode == "symmetric"
         and is_product
@@ -77,12 +137,14 @@ def _weight_entry(options, config, node, weight, is_product, is_first, common):
     )
     axes = layer_spec(node.op).channel_axes(node.op, weight, is_product)
     axis = axes if spec.per_channel else None
-    narrow = {"half_range": True} if half_range else {"narrow_range": True}
+    # Of few levels none is left out: the engines' types have room for the lowest code.
+    narrow = {"half_range": True} if half_range else {"narrow_range": spec.bits == 8}
     kind = SymmetricQuantizer
     if spec.mode == "asymmetric":
         kind, narrow = AsymmetricQuantizer, {}
     # A forced `signed` of false is for activations; weights of both signs overrule it anyway.
-    arguments = {"bits": spec.bits, "axis": axis, "signed": spec.signed, **narrow, **common}
+    arguments = {"axis": axis, "signed": spec.signed, **narrow, **common}
+    arguments |= _of_width(options, "weights", spec.bits)
     if spec.mode == "symmetric" and spec.signed is None:
         arguments["signed"] = True
     text = f"{spec.bits} bits {spec.mode} {'per channel' if axis else 'per tensor'}"
@@ -98,8 +160,10 @@ def _edge_entry(options, config, group, common, inputs, is_second_operand):
         # layer's input would have to be computed for it alone.
         common = common | {"learnable": False}
     spec = options.activation_spec(edge.name)
+    _check_width("activations", edge.name, spec.bits, config)
     axis = _depthwise_channels(group) if spec.per_channel else None
-    arguments = {"bits": spec.bits, "axis": axis, "signed": spec.signed, **common}
+    arguments = {"axis": axis, "signed": spec.signed, **common}
+    arguments |= _of_width(options, "activations", spec.bits)
     half_range = is_second_operand and options.overflow_fix_applies(config.target_device, spec.bits)
     mode = spec.mode
     if half_range:
@@ -157,18 +221,21 @@ def _depthwise_channels(group):
     return tuple(axes) if len(axes) == 1 else None
 
 
-def _edge_groups(options, graph):
-    """Place the activation quantizers, minus what scopes and `quantize_inputs` exclude."""
+def _edge_groups(options, graph, own_weights, own_inputs):
+    """Place the activation quantizers, minus what scopes and `quantize_inputs` exclude.
+
+    Layers of `own_inputs` run in integers too, but their inputs are rounded by others.
+    """
 
     def wanted(node):
         if node.role is Role.WEIGHTED:
-            return options.selects_weight(node.name)
+            return node.name in own_inputs or options.selects_weight(node.name)
         return options.selects(node.name)
 
-    raw_inputs = set() if options.quantize_inputs else _input_edges(graph)
+    raw_inputs = set() if options.quantize_inputs else input_edges(graph)
     groups = [
         group
-        for group in quantized_edges(graph, wanted, outputs=options.quantize_outputs)
+        for group in quantized_edges(graph, wanted, options.quantize_outputs, own_inputs)
         if not any(edge in raw_inputs for edge in group.edges)
         and all(options.activations.selects(edge.name) for edge in group.edges)
     ]
@@ -189,8 +256,8 @@ def _join(groups, names):
     return [joined if g is chosen[0] else g for g in groups if g not in chosen[1:]]
 
 
-def _input_edges(graph):
-    """Edges that carry a model input, moved or preprocessed in float but not yet computed with."""
+def input_edges(graph):
+    """Return the edges that carry a model input, moved or preprocessed in float at most."""
     carried = set(graph.inputs)
     for node in graph.nodes:
         passes = node.role in (Role.MOVEMENT, Role.FLOAT) and not node.reason
@@ -199,13 +266,15 @@ def _input_edges(graph):
     return carried
 
 
-def _untouched(options, graph, groups):
+def _untouched(options, graph, groups, own_weights, own_inputs):
     """List what stays float, with the reason and its share of the model's FLOPs."""
     readers = {pair for group in groups for pair in group.readers}
     total = max(total_flops(graph), 1)
     entries = {}
     for node in graph.nodes:
-        reason = _why_float(options, node, readers)
+        if node.name in own_inputs:
+            continue
+        reason = _why_float(options, node, readers, node.name in own_weights)
         if reason:
             count = flops(node)
             before = entries[node.name].flops if node.name in entries else 0
@@ -215,7 +284,7 @@ def _untouched(options, graph, groups):
     return tuple(sorted(entries.values(), key=lambda entry: -entry.flops))
 
 
-def _why_float(options, node, readers):
+def _why_float(options, node, readers, is_own):
     """Return why a node's arithmetic stays float, or an empty string where nothing is left."""
     if node.reason:
         return node.reason
@@ -228,9 +297,9 @@ def _why_float(options, node, readers):
         return ""
     if role is Role.FLOAT:
         return _why_unsupported(node.op)
-    if not options.selects(node.name):
+    if not is_own and not options.selects(node.name):
         return "excluded by the scopes of the configuration"
-    if role is Role.WEIGHTED and not options.weights.selects(node.name):
+    if role is Role.WEIGHTED and not is_own and not options.weights.selects(node.name):
         return "excluded by the scopes of `weights`"
     if role is not Role.WEIGHTED:
         return ""

@@ -29,9 +29,11 @@ class IntegerWeight(NamedTuple):
 
     @property
     def storage(self):
-        """Name of the narrowest storage type: `u2`, `i4` or `i8`."""
+        """Name of the narrowest storage type: `u1` (for -1 and 1 only), `u2`, `i4` or `i8`."""
         if self.offset.any():
             return "i8"
+        if (np.abs(self.codes) == 1).all():
+            return "u1"
         low, high = int(self.codes.min()), int(self.codes.max())
         if high - low <= 3:
             return "u2"

@@ -6,7 +6,8 @@ The converter turns activation quantizers into `FakeQuantize` but leaves baked w
     Constant(i8) -> Convert(f32) -> [Subtract(offset)] -> Multiply(step)
 
 from which the CPU plugin makes u8 x i8 convolutions and matrix products. Constants of 2 and 4 bits
-go through an additional `Convert(i8)`: without it they would be computed in float.
+go through an additional `Convert(i8)`: without it they would be computed in float. Those of 1 bit
+choose between two numbers, `Convert(boolean) -> Select(1, -1)`.
 """
 
 import hashlib
@@ -185,6 +186,8 @@ def _integers(weight, source):
         constant = opset15.constant(weight.codes)
         constant.set_friendly_name(f"{name}/codes")
         return constant
+    if weight.storage == "u1":
+        return _signs(weight.codes, name)
     bits = int(weight.storage[1:])
     smallest = int(weight.codes.min()) if weight.storage == "u2" else 0
     packed = _packed(weight.codes - smallest, bits)
@@ -193,6 +196,18 @@ def _integers(weight, source):
     constant.set_friendly_name(f"{name}/codes")
     wide = opset15.convert(constant, "i8")
     return opset15.subtract(wide, opset15.constant(np.int8(-smallest))) if smallest else wide
+
+
+def _signs(codes, name):
+    """Return the i8 node of codes that are 1 or -1, stored in one bit each."""
+    import openvino as ov
+    from openvino import opset15
+
+    packed = np.packbits(codes.ravel() > 0)  # the first in the highest bit
+    constant = ov.op.Constant(ov.Tensor(packed, ov.Shape(codes.shape), ov.Type.u1), False)
+    constant.set_friendly_name(f"{name}/codes")
+    is_positive = opset15.convert(constant, "boolean")
+    return opset15.select(is_positive, opset15.constant(np.int8(1)), opset15.constant(np.int8(-1)))
 
 
 def _packed(codes, bits):

@@ -6,6 +6,7 @@ import math
 import keras
 import numpy as np
 
+from keras_compress.binary_quantizers import BinaryActivations
 from keras_compress.compressed_layer import CompressedLayer
 from keras_compress.compressed_model import strip
 from keras_compress.graph.rebuild import deep_graphs, rebuild
@@ -14,10 +15,33 @@ from keras_compress.graph.walk import all_layers, unique_name
 from keras_compress.layers import FakeQuantize
 
 CODES = 256  # levels of the integer type that inference engines compute with
+# Slope of a step between two levels; a power of two, so that multiplying by it rounds nothing.
+# OpenVINO's CPU plugin gives wrong numbers, or does not compile, from 2^24 on (2026.4).
+STEEP = 2.0**20
 
 
-class FixedFakeQuantize(FakeQuantize):
-    """A `FakeQuantize` layer that enters a graph with constant range, in the form converters know.
+class FixedQuantizer(FakeQuantize):
+    """Base of the layers that take the place of a `FakeQuantize` in a deployable model.
+
+    Its range is constant there. What is not switched on yet, of staged quantizers, does nothing.
+    """
+
+    def fixed(self, tf, x):
+        """Return a float32 tensor rounded, in operations that converters know."""
+        raise NotImplementedError(f"{type(self).__name__} must define `fixed`.")
+
+    def call(self, inputs, training=None):
+        import tensorflow as tf
+
+        with tf.init_scope():  # out of the graph being recorded: values, not operations
+            is_on = self.quantizer.is_on
+        if not is_on:
+            return inputs
+        return tf.cast(self.fixed(tf, tf.cast(inputs, tf.float32)), inputs.dtype)
+
+
+class FixedFakeQuantize(FixedQuantizer):
+    """A grid of equal steps.
 
     Inference engines compute with 256 levels only. A narrower grid is a clip to its own range
     followed by a 256-level grid of the same step, which gives the same numbers:
@@ -28,24 +52,38 @@ class FixedFakeQuantize(FakeQuantize):
     Ranges per channel run as float arithmetic.
     """
 
-    def call(self, inputs, training=None):
-        import tensorflow as tf
-
-        with tf.init_scope():  # out of the graph being recorded: values, not operations
+    def fixed(self, tf, x):
+        with tf.init_scope():
             low, high = self.quantizer.effective_range()
             step = self.quantizer.step()
         levels = self.quantizer.levels
-        x = tf.cast(inputs, tf.float32)
         per_channel = step.size > 1
         if levels < CODES or per_channel:
             x = tf.clip_by_value(x, low, high)
         if per_channel:
-            y = tf.floor(x / step + 0.5) * step
-        else:
-            y = tf.quantization.fake_quant_with_min_max_vars(
-                x, *wide_range(low, high, step, levels)
-            )
-        return tf.cast(y, inputs.dtype)
+            return tf.floor(x / step + 0.5) * step
+        return tf.quantization.fake_quant_with_min_max_vars(x, *wide_range(low, high, step, levels))
+
+
+class FixedBinarize(FixedQuantizer):
+    """Zero or the scale s, as x lies below or above a threshold d:
+
+        y == fake_quantize(clip((x - d) * 2^20 + 3/8 s, 0, s), 0, 255 s),   256 levels
+
+    y is exactly 0 or s, and 0 where x == d: it becomes s where the clipped number is above s / 2,
+    which is 2^-23 of the scale (1e-7) above the threshold. Float32 rounds the sums before it by as
+    much.
+
+    OpenVINO's CPU plugin joins this with the convolution before it, and the one behind it computes
+    in integers. It refuses a grid of 2 levels, and runs a choice between two values by itself.
+    """
+
+    def fixed(self, tf, x):
+        with tf.init_scope():
+            scale = float(self.quantizer.step())
+            zero = float(self.quantizer.cutoff()) - 3 / 8 * scale / STEEP
+        y = tf.clip_by_value((x - zero) * STEEP, 0.0, scale)
+        return tf.quantization.fake_quant_with_min_max_vars(y, 0.0, (CODES - 1) * scale)
 
 
 def wide_range(low, high, step, levels):
@@ -142,7 +180,9 @@ def deployable(model):
     def fixed(node):
         op = node.op
         if isinstance(op, FakeQuantize):
-            return FixedFakeQuantize.from_config(
+            is_binary = isinstance(op.quantizer, BinaryActivations)
+            fixed_class = FixedBinarize if is_binary else FixedFakeQuantize
+            return fixed_class.from_config(
                 op.get_config() | {"name": node.name, "dtype": "float32"}
             )
         cls = _deployed_class(node)

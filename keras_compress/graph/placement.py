@@ -47,18 +47,19 @@ class QuantizedEdge:
     readers: frozenset
 
 
-def quantized_edges(graph, wanted, outputs=False):
+def quantized_edges(graph, wanted, outputs=False, apart=frozenset()):
     """Choose the edges to round.
 
     Args:
         graph: the `Graph`.
         wanted: function `node -> bool`: whether a weighted node is to run in integers.
         outputs: whether the model's outputs are rounded too.
+        apart: names of nodes that run in integers too, but whose inputs are rounded by others.
 
     Returns:
         List of `QuantizedEdge` in order of production.
     """
-    wants = _wants(graph, wanted)
+    wants = {(node, edge) for node, edge in _wants(graph, wanted) if node.name not in apart}
     if outputs:
         wants |= {(None, edge) for edge in graph.outputs if edge.is_float}
     targets = {edge for _, edge in wants}

@@ -25,7 +25,8 @@ def rebuild(graph, swap=None, quantize=(), model_class=keras.Model, narrowing=No
         graph: the `Graph`. Its own layers are left untouched.
         swap: function `node -> Layer or None`, called once per operation. A returned, unbuilt
             layer takes the operation's place and weights; None keeps a clone of the operation.
-        quantize: pairs `(QuantizedEdge, FakeQuantize layer)`.
+        quantize: pairs `(QuantizedEdge, FakeQuantize layer)`. An edge may be in several, each with
+            readers of its own.
         model_class: class of the new model, constructed as `model_class(inputs, outputs, name=)`.
         narrowing: `Narrowing` of the graph: which channels are taken out; None keeps all.
         **model_kwargs: further arguments of the model's constructor.
@@ -33,19 +34,23 @@ def rebuild(graph, swap=None, quantize=(), model_class=keras.Model, narrowing=No
     Returns:
         The new model; layer names, input and output structure and names are the graph's.
     """
-    rounded = {edge: layer for group, layer in quantize for edge in group.edges}
-    readers = {pair for group, _ in quantize for pair in group.readers}
-    tensors, rounded_tensors, layers = {}, {}, {}
+    quantizers = {}  # edge -> the layers that round it
+    for group, layer in quantize:
+        for edge in group.edges:
+            quantizers.setdefault(edge, []).append(layer)
+    chosen = {pair: layer for group, layer in quantize for pair in group.readers}
+    tensors, rounded, layers = {}, {}, {}
 
     def emit(edge, tensor):
         tensors[edge] = tensor
-        if edge in rounded:
-            rounded_tensors[edge] = rounded[edge](tensor)
+        for layer in quantizers.get(edge, ()):
+            rounded[edge, layer] = layer(tensor)
 
     def read(node, leaf):
         if not isinstance(leaf, Edge):
             return leaf
-        return rounded_tensors[leaf] if (node, leaf) in readers else tensors[leaf]
+        layer = chosen.get((node, leaf))
+        return tensors[leaf] if layer is None else rounded[leaf, layer]
 
     for edge in graph.inputs:
         emit(edge, keras.Input(batch_shape=edge.shape, dtype=edge.dtype, name=edge.name))

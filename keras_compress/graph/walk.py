@@ -258,3 +258,16 @@ def first_layers(graph):
         if depends or node.role is Role.WEIGHTED:
             behind.update(node.outputs)
     return first
+
+
+def last_layers(graph):
+    """Return the names of the weighted layers with no weighted layer behind them."""
+    ahead = set()  # edges that lead to a weighted layer
+    last = set()
+    for node in reversed(graph.nodes):
+        leads = any(edge in ahead for edge in node.outputs)
+        if node.role is Role.WEIGHTED and not leads:
+            last.add(node.name)
+        if leads or node.role is Role.WEIGHTED:
+            ahead.update(node.inputs)
+    return last

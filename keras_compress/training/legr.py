@@ -1,7 +1,6 @@
 """How LeGR judges a ranking: prune by it, train a little, measure the loss on held-out data."""
 
 import math
-import warnings
 
 import keras
 import numpy as np
@@ -10,6 +9,7 @@ from keras_compress.algorithms.legr import check_save_path, evolve, write_rankin
 from keras_compress.algorithms.pruning_plan import HIGHEST_LEVEL, Prunable, set_masks
 from keras_compress.data import labelled_batches
 from keras_compress.options import ConfigError
+from keras_compress.training.compiled import compile_arguments
 
 EVERY = 5  # of so many batches, one is held out
 FEWEST_BATCHES = 50  # that are read, where there are as many, however short the training is
@@ -39,7 +39,11 @@ class RankingSearch:
         self.options = pruning.params.legr_params
         if pruning.params.save_ranking_coeffs_path is not None:
             check_save_path(pruning.params.save_ranking_coeffs_path)
-        self.compile_arguments = _compile_arguments(model)
+        self.compile_arguments = compile_arguments(
+            model,
+            "`interlayer_ranking_type` 'learned_ranking'",
+            "With `load_ranking_coeffs_path` nothing is learned and no loss is needed.",
+        )
         if data is None:
             raise ValueError(_needed("Received: data=None"))
         limit = max(math.ceil(self.options.train_steps * EVERY / (EVERY - 1)), FEWEST_BATCHES)
@@ -163,24 +167,3 @@ def _needed(received):
         f"of which one judges what the others train. {received}. With `load_ranking_coeffs_path` "
         "nothing is learned and no labels are needed."
     )
-
-
-def _compile_arguments(model):
-    """Return how the user's model was compiled, with a fresh copy of the optimizer."""
-    if not getattr(model, "compiled", False) or getattr(model, "loss", None) is None:
-        raise ValueError(
-            "Expected a model that was compiled with a loss, for `interlayer_ranking_type` "
-            "'learned_ranking': `model.compile(optimizer, loss)` before `compress_model`. "
-            f"Received: model '{model.name}' without. With `load_ranking_coeffs_path` nothing is "
-            "learned and no loss is needed."
-        )
-    with warnings.catch_warnings():  # about losses that are lambdas, which are not stored here
-        warnings.simplefilter("ignore")
-        loss_weights = model.get_compile_config().get("loss_weights")
-    return {
-        "optimizer": type(model.optimizer).from_config(model.optimizer.get_config()),
-        "loss": model.loss,
-        "loss_weights": loss_weights,
-        "run_eagerly": model.run_eagerly,
-        "jit_compile": model.jit_compile,
-    }
