@@ -109,6 +109,29 @@ def test_weights_of_one_bit_take_one_bit(tmp_path):
 
 
 @tensorflow_only
+def test_a_rounded_tensor_becomes_binary_in_one_operation(tmp_path):
+    """The residual's tensor has two quantizers: one of 8 bits and, reading that, one of 1 bit."""
+    model, x = trained(), batch(seed=1)[0]
+    rounded = model.get_layer("first_relu-fake_quantize")
+    binary = model.get_layer("first_relu-binarize")
+    assert binary.input is rounded.output
+    kc.export(model, tmp_path / "model.xml", verify=False)
+    ir = ov.Core().read_model(tmp_path / "model.xml")
+    joined = [
+        op
+        for op in ir.get_ordered_ops()
+        if op.get_type_name() == "FakeQuantize"
+        and op.input_value(0).get_node().get_type_name() == "FakeQuantize"
+    ]
+    assert len(joined) == 1
+    low, high = (float(joined[0].input_value(i).get_node().data.ravel()[0]) for i in (1, 2))
+    step, cutoff = float(rounded.quantizer.step()), float(binary.quantizer.cutoff())
+    whole = np.floor(cutoff / step)
+    np.testing.assert_allclose([low / step, high / step], [whole + 0.25, whole + 0.75], rtol=1e-4)
+    assert kc.verify(model, tmp_path / "model.xml", data=x).relative < 1e-5
+
+
+@tensorflow_only
 def test_activations_of_an_ir_are_zero_or_the_scale(tmp_path):
     model, x = trained(), batch(seed=1)[0]
     kc.export(model, tmp_path / "model.xml", verify=False)
@@ -117,9 +140,10 @@ def test_activations_of_an_ir_are_zero_or_the_scale(tmp_path):
     binary = [layer for layer in edges if isinstance(layer.quantizer, BinaryActivations)]
     scales = sorted(float(layer.quantizer.step()) for layer in binary)
     tops = [
-        (float(op.input_value(4).get_node().data.ravel()[0]) / 255, op)
+        (float(op.input_value(4).get_node().data.ravel()[0]) / codes, op)
         for op in ir.get_ordered_ops()
         if op.get_type_name() == "FakeQuantize"
+        for codes in (1, 255)  # one that was joined has the scale as its highest value
     ]
     chosen = [(top, op) for top, op in tops if np.isclose(top, scales, rtol=1e-5).any()]
     assert len(chosen) == len(binary) == 4

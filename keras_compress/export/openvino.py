@@ -21,6 +21,7 @@ from keras_compress.export.plugin_repairs import (
     ARITHMETIC,
     CONVOLUTIONS,
     give_biases,
+    join_binarizers,
     keep_masks,
     keep_rounding,
 )
@@ -49,6 +50,7 @@ def write_ir(model, path, input_names, output_names, metadata):
     ov_model = _with_names(read_saved_model(folder), input_names, output_names)
     name_layers(ov_model, model)
     use_integer_weights(ov_model)
+    join_binarizers(ov_model)
     keep_rounding(ov_model)
     keep_masks(ov_model)
     give_biases(ov_model)

@@ -1,6 +1,7 @@
 """Rewrites of an IR that the CPU plugin would compute wrong, or unlike the trained model."""
 
 import functools
+from typing import NamedTuple
 
 import numpy as np
 
@@ -91,6 +92,64 @@ def keep_rounding(ov_model):
         _put_behind(op, "rounded", pool)
         kept += 1
     return kept
+
+
+def join_binarizers(ov_model):
+    """Join `fake_quantize(clip((x - a) * b, 0, s))` into one operation, in place; return how many.
+
+    It is how a tensor that is rounded already becomes zero or s. The CPU plugin would take `a` for
+    a zero point and round it to the tensor's grid. One `FakeQuantize` says the same in its input
+    range, from a to a + s / b.
+    """
+    from openvino import opset15
+
+    joined = 0
+    for op in ov_model.get_ordered_ops():
+        slope = _slope_before(op)
+        if slope is None or slope.source.get_type_name() != "FakeQuantize":
+            continue
+        levels = op.get_attributes()["levels"]
+        scale = _value(op.input_value(2)) / (levels - 1)
+        ends = (slope.zero, slope.zero + scale / slope.factor, 0.0, scale)
+        single = opset15.fake_quantize(slope.source, *map(np.float32, ends), levels)
+        single.set_friendly_name(op.get_friendly_name())
+        for reader in op.output(0).get_target_inputs():
+            reader.replace_source_output(single.output(0))
+        joined += 1
+    return joined
+
+
+class _Slope(NamedTuple):
+    """`(source - zero) * factor`, clipped."""
+
+    source: object
+    zero: float
+    factor: float
+
+
+def _slope_before(op):
+    """Return the `_Slope` that a `FakeQuantize` reads, or None."""
+    found = {}
+    if op.get_type_name() != "FakeQuantize":
+        return None
+    for kinds in (("Clamp", "Minimum", "Maximum"), ("Multiply",), ("Subtract",)):
+        op = op.input_value(0).get_node()
+        if op.get_type_name() not in kinds:
+            return None
+        if kinds[0] == "Clamp" and op.get_type_name() != "Clamp":
+            op = op.input_value(0).get_node()  # a minimum of a maximum, or the other way round
+            if op.get_type_name() not in kinds:
+                return None
+        found[kinds[0]] = op
+    numbers = [found[name].input_value(1) for name in ("Subtract", "Multiply")]
+    if any(value.get_node().get_type_name() != "Constant" for value in numbers):
+        return None
+    return _Slope(found["Subtract"].input_value(0).get_node(), *map(_value, numbers))
+
+
+def _value(port):
+    """Return the number that a constant of one element holds."""
+    return float(np.ravel(port.get_node().data)[0])
 
 
 def keep_masks(ov_model):

@@ -76,13 +76,30 @@ class FixedBinarize(FixedQuantizer):
 
     OpenVINO's CPU plugin joins this with the convolution before it, and the one behind it computes
     in integers. It refuses a grid of 2 levels, and runs a choice between two values by itself.
+
+    Where x lies on a grid of its own, the slope spans half a step between two of its values: in
+    OpenVINO IR that is a single `FakeQuantize` (see `join_binarizers`).
+
+    Args:
+        input_step: step of the grid that x lies on; None where it lies on none.
+        **kwargs: as for `FakeQuantize`.
     """
+
+    def __init__(self, input_step=None, **kwargs):
+        super().__init__(**kwargs)
+        self.input_step = input_step
 
     def fixed(self, tf, x):
         with tf.init_scope():
             scale = float(self.quantizer.step())
-            zero = float(self.quantizer.cutoff()) - 3 / 8 * scale / STEEP
-        y = tf.clip_by_value((x - zero) * STEEP, 0.0, scale)
+            cutoff = float(self.quantizer.cutoff())
+        if self.input_step is None:
+            zero, slope = cutoff - 3 / 8 * scale / STEEP, STEEP
+        else:
+            step = np.float32(self.input_step)
+            zero = float((np.floor(np.float32(cutoff) / step) + 0.25) * step)
+            slope = float(2 * scale / step)
+        y = tf.clip_by_value((x - zero) * slope, 0.0, scale)
         return tf.quantization.fake_quant_with_min_max_vars(y, 0.0, (CODES - 1) * scale)
 
 
@@ -180,11 +197,10 @@ def deployable(model):
     def fixed(node):
         op = node.op
         if isinstance(op, FakeQuantize):
-            is_binary = isinstance(op.quantizer, BinaryActivations)
-            fixed_class = FixedBinarize if is_binary else FixedFakeQuantize
-            return fixed_class.from_config(
-                op.get_config() | {"name": node.name, "dtype": "float32"}
-            )
+            config = op.get_config() | {"name": node.name, "dtype": "float32"}
+            if isinstance(op.quantizer, BinaryActivations):
+                return FixedBinarize.from_config(config | {"input_step": _step_of(node.inputs[0])})
+            return FixedFakeQuantize.from_config(config)
         cls = _deployed_class(node)
         half = getattr(op, "compute_dtype", None) in ("float16", "bfloat16")
         if cls is not type(op) or (half and not node.reason):
@@ -194,6 +210,15 @@ def deployable(model):
     flat = rebuild(trace(strip(model)), swap=fixed)
     with deep_graphs():
         return keras.Model(list(flat.inputs), list(flat.outputs), name=flat.name)
+
+
+def _step_of(edge):
+    """Return the step of the grid that a tensor was rounded to, a float, or None."""
+    op = edge.producer.op if edge.producer is not None else None
+    if not isinstance(op, FakeQuantize) or not op.quantizer.is_on:
+        return None
+    step = op.quantizer.step()
+    return float(step) if step.size == 1 else None
 
 
 def _deployed_class(node):

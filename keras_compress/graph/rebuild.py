@@ -43,8 +43,9 @@ def rebuild(graph, swap=None, quantize=(), model_class=keras.Model, narrowing=No
 
     def emit(edge, tensor):
         tensors[edge] = tensor
-        for layer in quantizers.get(edge, ()):
-            rounded[edge, layer] = layer(tensor)
+        # The coarser quantizer reads what the finer one has rounded: engines keep one tensor less.
+        for layer in sorted(quantizers.get(edge, ()), key=lambda each: -each.quantizer.bits):
+            tensor = rounded[edge, layer] = layer(tensor)
 
     def read(node, leaf):
         if not isinstance(leaf, Edge):
