@@ -3,18 +3,16 @@
 import dataclasses
 import importlib
 import json
-import pathlib
 
 import keras
 import numpy as np
 import pytest
 import typer
 from backend_helpers import BACKEND
+from example_helpers import EXAMPLES, write_cifar10
 from typer.testing import CliRunner
 
 import keras_compress as kc
-
-EXAMPLES = pathlib.Path(__file__).resolve().parent.parent / "examples"
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +30,7 @@ def resnet20(example):
 @pytest.fixture
 def data(tmp_path):
     """Folder with made-up images in CIFAR-10's format: 3 batches to train on, 100 to test."""
-    random = np.random.default_rng(0)
-    sizes = {f"data_batch_{i}.bin": 500 for i in range(1, 6)} | {"test_batch.bin": 100}
-    for name, count in sizes.items():
-        records = random.integers(0, 256, (count, 1 + 3 * 32 * 32), "uint8")
-        records[:, 0] %= 10
-        records.tofile(tmp_path / name)
+    write_cifar10(tmp_path)
     return tmp_path
 
 

@@ -1,20 +1,13 @@
 """The examples of sparsity: their commands run to the end, their figures are those of the files."""
 
 import importlib
-import pathlib
 import re
 
-import keras
-import numpy as np
 import pytest
-import typer
 from backend_helpers import BACKEND
-from keras import layers
-from typer.testing import CliRunner
+from example_helpers import EXAMPLES, cells, invoke, save_small_network, write_cifar10
 
 import keras_compress as kc
-
-EXAMPLES = pathlib.Path(__file__).resolve().parent.parent / "examples"
 
 pytestmark = pytest.mark.skipif(BACKEND != "tensorflow", reason="the examples train on TensorFlow")
 
@@ -25,19 +18,6 @@ def modules():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(EXAMPLES)
         yield [importlib.import_module(name) for name in names]
-
-
-def invoke(main, arguments, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "120")
-    app = typer.Typer()
-    app.command()(main)
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def cells(output, name):
-    """Return the numbers of a row of the table as text."""
-    (line,) = (line for line in output.splitlines() if line.startswith(f"│ {name} "))
-    return [cell.strip() for cell in line.strip("│").split("│")][1:]
 
 
 def test_levels_and_freezing_come_in_time(modules):
@@ -74,20 +54,14 @@ def test_cifar10_starts_every_variant_from_the_checkpoint(modules, tmp_path, mon
     kinds = {"2:4": variants.sparsities(4)["2:4"]}
     monkeypatch.setattr(variants, "sparsities", lambda epochs: kinds)
     monkeypatch.setattr(variants, "INT8", {"algorithm": "const_sparsity"})
-    random = np.random.default_rng(0)
-    for name in [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]:
-        records = random.integers(0, 256, (500, 1 + 3 * 32 * 32), "uint8")
-        records[:, 0] %= 10
-        records.tofile(tmp_path / name)
-    inputs = keras.Input((32, 32, 3))
-    x = layers.GlobalAveragePooling2D()(layers.Conv2D(8, 3, strides=4)(inputs))
-    keras.Model(inputs, layers.Dense(10)(x)).save(tmp_path / "small.keras")
+    write_cifar10(tmp_path, test=500)
+    save_small_network(tmp_path / "small.keras")
     options = {"data": tmp_path, "checkpoint": tmp_path / "small.keras", "work": tmp_path / "out"}
     arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
     result = invoke(cifar10.main, [*arguments, "--epochs", 4, "--steps", 2], monkeypatch)
     assert result.exit_code == 0, result.output
-    # The convolution has 3 inputs, of which 2 stay: 72 of its 216 weights go. The head has 80.
-    expected = f"{(72 + 40) / (216 + 80):.2%}"
+    # The first convolution has 3 inputs, of which 2 stay: 72 of its 216 weights go.
+    expected = f"{(72 + 288 + 40) / (216 + 576 + 80):.2%}"
     assert cells(result.output, "2:4")[1:3] == [expected, expected]
 
 
