@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 LONGEST_MESSAGE = 600  # characters: Keras may quote a whole model in an error
-ERRORS = (ValueError, TypeError, OSError, RuntimeError, zipfile.BadZipFile)
+ERRORS = (ValueError, TypeError, OSError, RuntimeError, ImportError, zipfile.BadZipFile)
 
 
 class OneLineErrors(typer.core.TyperGroup):
@@ -53,6 +53,10 @@ def plan(
         pathlib.Path,
         typer.Argument(metavar="CONFIG", help="A configuration: JSON, comments allowed."),
     ],
+    pareto: Annotated[
+        pathlib.Path | None,
+        typer.Option(help="Figure to draw: size against predicted loss of the best widths."),
+    ] = None,
 ):
     """Say what a configuration would do with a model, without doing it.
 
@@ -62,7 +66,10 @@ def plan(
     loaded = _loaded(model)
     import keras_compress as kc
 
-    _show(kc.plan(loaded, config))
+    decided = kc.plan(loaded, config)
+    _show(decided)
+    if pareto is not None:
+        kc.draw_pareto(decided, pareto)
 
 
 @app.command()

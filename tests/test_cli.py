@@ -1,5 +1,6 @@
 """The command line: what each command prints, and that errors are one line and exit code 2."""
 
+import json
 import os
 import subprocess
 import sys
@@ -65,6 +66,23 @@ def test_plan(folder):
             kc.plan(keras.models.load_model(folder / "float.keras"), folder / "config.json")
         ).strip()
     )
+
+
+def test_plan_draws_the_best_widths(folder, tmp_path):
+    pytest.importorskip("matplotlib")
+    model = keras.models.load_model(folder / "float.keras")
+    kernels = {f"{layer.name}/kernel": 1.0 for layer in model.layers if hasattr(layer, "kernel")}
+    (tmp_path / "traces.json").write_text(json.dumps(kernels))
+    precision = {"type": "hawq", "traces_per_layer_path": str(tmp_path / "traces.json")}
+    precision["budget"] = {"bytes": 10**6}
+    algorithm = {"algorithm": "quantization", "initializer": {"precision": precision}}
+    (tmp_path / "config.json").write_text(json.dumps({"compression": algorithm}))
+    arguments = ("plan", folder / "float.keras", tmp_path / "config.json")
+    result = run(*arguments, "--pareto", tmp_path / "figure.svg")
+    assert result.exit_code == 0 and "Precision" in result.stdout
+    assert (tmp_path / "figure.svg").read_text().startswith("<?xml")
+    plain = run("plan", folder / "float.keras", folder / "config.json", "--pareto", "figure.svg")
+    assert plain.exit_code == 2 and "a search for widths" in plain.stderr
 
 
 def test_report(folder):
