@@ -12,6 +12,8 @@ MAD_TO_SIGMA = 1.4826  # standard deviation / median absolute deviation of a nor
 
 LEAST_SHARE = 0.02  # of the largest magnitude that the search for the least error goes down to
 CANDIDATES = 99  # ranges that it tries
+JUDGED_VALUES = 2**17  # that it judges them by, at random, where there are more
+JUDGED_ROWS = 2**10  # of each channel at least
 
 ESTIMATORS = {}  # name -> class, filled by subclassing
 
@@ -180,18 +182,26 @@ class LeastSquares(Sampled, name="mse"):
         else:
             low, high = np.minimum(low, 0), np.maximum(high, 0)
         ratios = np.linspace(LEAST_SHARE, 1, CANDIDATES)
-        errors = [self._error(low * ratio, high * ratio, last - first) for ratio in ratios]
+        rows = self._judged()
+        errors = [_error(rows, low * ratio, high * ratio, last - first) for ratio in ratios]
         best = ratios[np.argmin(errors, axis=0)]
         # Of a symmetric grid, the highest code's value says it all: a signed one starts below.
         signed = self.grid.symmetric and first < 0
         return (-high if signed else low) * best, high * best
 
-    def _error(self, low, high, intervals):
-        """Return the mean squared error of every channel on a grid from low to high."""
-        step = np.where(high > low, (high - low) / intervals, 1.0)
-        zero = np.rint(low / step)
-        codes = np.clip(np.rint(self.rows / step), zero, zero + intervals)
-        return np.square(codes * step - self.rows).mean(axis=0, dtype="float64")
+    def _judged(self):
+        count = max(JUDGED_VALUES // self.rows.shape[1], JUDGED_ROWS)
+        if len(self.rows) <= count:
+            return self.rows
+        return self.rows[self.random.choice(len(self.rows), count, replace=False)]
+
+
+def _error(values, low, high, intervals):
+    """Return the mean squared error of every channel on a grid from low to high."""
+    step = np.where(high > low, (high - low) / intervals, 1.0).astype("float32")
+    zero = np.rint(low / step)
+    codes = np.clip(np.rint(values / step), zero, zero + intervals)
+    return np.square(codes * step - values).mean(axis=0, dtype="float64")
 
 
 class Observer:

@@ -94,6 +94,17 @@ def test_mse_is_the_best_range_of_the_quantizer(name, positive):
     assert (best < 0.8 * tried[0]).all()
 
 
+def test_mse_judges_many_values_by_some(monkeypatch):
+    values = np.random.default_rng(4).laplace(size=(20_000, 20)).astype("float32")
+    found = []
+    for judged in (2**30, 2**14):
+        monkeypatch.setattr(ranges, "JUDGED_VALUES", judged)
+        found.append(estimate("mse", batches=[values], grid=Grid(bits=4)))
+    (_, every), (_, some) = found
+    errors = [rounding_errors(Grid(bits=4), values.reshape(-1, 1), -h, h) for h in (every, some)]
+    assert errors[0] <= errors[1] <= 1.02 * errors[0]
+
+
 def test_mse_of_constants():
     low, high = estimate("mse", batches=[np.full((3, 4), 2.5)])
     assert (low, high) == (-2.5, 2.5)
