@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 import keras_compress as kc
-from keras_compress.training.batch_norm import adapt_batch_norm
+from keras_compress.training.batch_norm import adapt_to_batches
 
 EXAMPLES = Path(__file__).resolve().parent
 WORK = Path("cifar10_prune_quantize")
@@ -298,7 +298,7 @@ def measure(variant, seed, training, samples, test):
     def right_after(model):
         pruned = kc.strip(model)  # a copy: the training goes on from where it was
         at_once = accuracy(pruned, test)
-        adapt_batch_norm(pruned, samples)
+        adapt_to_batches(pruned, samples)
         return at_once, accuracy(pruned, test)
 
     pruned = AtEpoch(config["compression"]["params"]["num_init_steps"], right_after)

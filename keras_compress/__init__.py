@@ -21,6 +21,7 @@ from keras_compress.plan import Plan
 from keras_compress.plots import draw_pareto
 from keras_compress.report import Report, report
 from keras_compress.shrink import shrink
+from keras_compress.training.batch_norm import adapt_batch_norm
 
 __version__ = "0.1.0"
 
@@ -40,6 +41,7 @@ __all__ = [
     "RBSparsity",
     "Report",
     "VerifyReport",
+    "adapt_batch_norm",
     "callbacks",
     "compress_model",
     "draw_pareto",

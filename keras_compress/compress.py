@@ -16,7 +16,7 @@ from keras_compress.graph.trace import trace
 from keras_compress.layers import PACKAGE, CompressedLayer, FakeQuantize
 from keras_compress.options import ConfigError
 from keras_compress.plan import Plan
-from keras_compress.training.batch_norm import adapt_batch_norm
+from keras_compress.training.batch_norm import adapt_to_batches
 from keras_compress.training.latency import find_latency_level
 from keras_compress.training.legr import RankingSearch
 from keras_compress.training.precision import Found, PrecisionSearch
@@ -201,4 +201,4 @@ def _prepare(model, config, batches, verbose):
     if batches and samples:
         seen = itertools.accumulate((len(inputs[0]) for inputs in batches), initial=0)
         chosen = [inputs for inputs, before in zip(batches, seen, strict=False) if before < samples]
-        adapt_batch_norm(model, progress(chosen, "adapting batch normalization"))
+        adapt_to_batches(model, progress(chosen, "adapting batch normalization"))

@@ -7,7 +7,8 @@ import pytest
 from backend_helpers import numpy
 from keras import layers
 
-from keras_compress.training.batch_norm import adapt_batch_norm
+import keras_compress as kc
+from keras_compress.training.batch_norm import adapt_to_batches
 
 
 def batches(shape, count=3, samples=6):
@@ -40,7 +41,7 @@ def test_statistics_are_the_average_over_the_batches():
     model = two_norms()
     data = batches((5,))
     means, variances = averages(model, data)
-    adapt_batch_norm(model, data)
+    adapt_to_batches(model, data)
     for layer, mean, variance in zip(("first", "second"), means, variances, strict=True):
         norm = model.get_layer(layer)
         np.testing.assert_allclose(numpy(norm.moving_mean), mean, rtol=1e-5, atol=1e-5)
@@ -53,7 +54,7 @@ def test_nothing_else_changes(name):
     model = models.make(name)
     before = {v.path: numpy(v).copy() for v in model.variables}
     shape = models.inputs_for(model).shape[1:]
-    adapt_batch_norm(model, batches(shape, count=2))
+    adapt_to_batches(model, batches(shape, count=2))
     for variable in model.variables:
         changed = np.any(numpy(variable) != before[variable.path])
         assert changed == ("moving_" in variable.path), variable.path
@@ -63,7 +64,7 @@ def test_frozen_layers_keep_their_statistics():
     model = two_norms()
     model.get_layer("first").trainable = False
     before = numpy(model.get_layer("first").moving_mean).copy()
-    adapt_batch_norm(model, batches((5,)))
+    adapt_to_batches(model, batches((5,)))
     np.testing.assert_array_equal(numpy(model.get_layer("first").moving_mean), before)
     assert np.any(numpy(model.get_layer("second").moving_mean) != 0)
 
@@ -74,7 +75,7 @@ def test_a_shared_layer_averages_over_its_calls():
     a = norm(inputs)
     model = keras.Model(inputs, norm(layers.Rescaling(3.0, name="scale")(a)))
     data = batches((5,), count=2)
-    adapt_batch_norm(model, data)
+    adapt_to_batches(model, data)
     means = []
     for (x,) in data:
         y = 3 * (x - x.mean(axis=0)) / np.sqrt(x.var(axis=0) + norm.epsilon)
@@ -85,11 +86,66 @@ def test_a_shared_layer_averages_over_its_calls():
 def test_momentum_comes_back_after_an_error():
     model = two_norms()
     with pytest.raises(Exception, match="."):
-        adapt_batch_norm(model, [[np.zeros((2, 9), "float32")]])
+        adapt_to_batches(model, [[np.zeros((2, 9), "float32")]])
     assert model.get_layer("first").momentum == 0.7
 
 
 def test_a_model_without_normalization_reads_no_data():
     model = models.make("concat")
-    adapt_batch_norm(model, iter(()))
+    adapt_to_batches(model, iter(()))
     assert not any(isinstance(layer, layers.BatchNormalization) for layer in model.layers)
+
+
+# The public function
+
+
+def statistics(model):
+    return [numpy(variable) for variable in model.variables if "moving_" in variable.path]
+
+
+def test_any_data_gives_the_statistics_of_its_batches():
+    (x,) = batches((5,), count=1, samples=64)[0]
+    expected = two_norms()
+    adapt_to_batches(expected, [[x[:32]], [x[32:]]])
+    labelled = [(x[:32], np.zeros(32)), (x[32:], np.zeros(32))]
+    for data in (x, (x, np.zeros(64)), labelled, iter(labelled)):
+        model = two_norms()
+        kc.adapt_batch_norm(model, data)
+        for one, other in zip(statistics(model), statistics(expected), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
+
+
+def test_no_more_samples_are_read_than_asked_for():
+    (x,) = batches((5,), count=1, samples=64)[0]
+    expected, model = two_norms(), two_norms()
+    adapt_to_batches(expected, [[x[:32]]])
+    read = []
+
+    def data():
+        for start in (0, 32):
+            read.append(start)
+            yield x[start : start + 32]
+
+    kc.adapt_batch_norm(model, data(), samples=20)
+    assert read == [0]
+    for one, other in zip(statistics(model), statistics(expected), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("data", "samples", "message"),
+    [
+        (np.zeros((4, 5)), 0, "at least 1. Received: samples=0"),
+        (np.zeros((4, 5)), True, "Received: samples=True"),
+        (np.zeros((4, 3)), 8, r"does not fit the model's input 'features'"),
+        ([], 8, "at least one sample"),
+        ([(np.zeros((4, 5)), 1), (np.full((4, 5), np.nan), 1)], 8, "NaN"),
+    ],
+)
+def test_bad_data_changes_nothing(data, samples, message):
+    model = two_norms()
+    before = [numpy(variable).copy() for variable in model.variables]
+    with pytest.raises(ValueError, match=message):
+        kc.adapt_batch_norm(model, data, samples)
+    for variable, value in zip(model.variables, before, strict=True):
+        np.testing.assert_array_equal(numpy(variable), value)

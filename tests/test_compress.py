@@ -327,14 +327,14 @@ def test_bad_data():
 
 
 def test_batch_norm_adapts_to_the_average_of_the_batches():
-    from keras_compress.training.batch_norm import adapt_batch_norm
+    from keras_compress.training.batch_norm import adapt_to_batches
 
     inputs = keras.Input((4,))
     x = keras.layers.Dropout(0.9)(inputs)
     model = keras.Model(inputs, keras.layers.BatchNormalization(name="norm")(x))
     model.layers[-1].gamma.assign(np.full(4, 2.0))
     batches = np.random.default_rng(0).normal(3, 2, (5, 16, 4)).astype("float32")
-    adapt_batch_norm(model, [[b] for b in batches])
+    adapt_to_batches(model, [[b] for b in batches])
     norm = model.get_layer("norm")
     np.testing.assert_allclose(numpy(norm.moving_mean), batches.mean(1).mean(0), rtol=1e-5)
     np.testing.assert_allclose(numpy(norm.moving_variance), batches.var(1).mean(0), rtol=1e-4)

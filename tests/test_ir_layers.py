@@ -16,7 +16,7 @@ import keras_compress as kc
 from keras_compress.export.verify import compile_on_cpu
 from keras_compress.graph.trace import trace
 from keras_compress.layers import FakeQuantize
-from keras_compress.training.batch_norm import adapt_batch_norm
+from keras_compress.training.batch_norm import adapt_to_batches
 
 hub = benchmark_module("hub")
 CONFIG = {"target_device": "CPU", "compression": {"algorithm": "quantization"}}
@@ -69,7 +69,7 @@ def check_operations(model, data, path):
 
 
 def trained(model, data):
-    adapt_batch_norm(model, [keras.tree.flatten(data)])
+    adapt_to_batches(model, [keras.tree.flatten(data)])
     model = kc.compress_model(model, CONFIG, data=data, verbose=False)
     model.compile(keras.optimizers.SGD(1e-4), "mse")
     model.train_on_batch(

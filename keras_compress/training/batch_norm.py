@@ -3,10 +3,42 @@
 import keras
 import numpy as np
 
+from keras_compress.data import input_batches
 from keras_compress.graph.trace import accepts_training, trace
 
 
-def adapt_batch_norm(model, batches):
+def adapt_batch_norm(model, data, samples=2000):
+    """Compute the moving statistics of every batch normalization anew, in place.
+
+    For a model whose other layers have changed: pruned, rounded, or with other weights. Nothing
+    but moving statistics changes; dropout stays off, frozen layers stay as they are. See
+    `adapt_to_batches` for the formula.
+
+    Args:
+        model: any built Keras model: plain, compressed or stripped.
+        data: samples, labelled or not: `tf.data.Dataset`, `keras.utils.PyDataset`, NumPy arrays or
+            a generator of batches.
+        samples: how many to run, rounded up to whole batches.
+
+    Raises:
+        ValueError: the model is not built, `data` has no sample or does not fit it, or `samples` is
+            less than 1.
+
+    Example:
+
+    >>> inputs = keras.Input((2,))
+    >>> model = keras.Model(inputs, keras.layers.BatchNormalization()(inputs))
+    >>> adapt_batch_norm(model, np.array([[1.0, 2.0], [3.0, 6.0]], "float32"))
+    >>> model.layers[-1].moving_mean.numpy()
+    array([2., 4.], dtype=float32)
+    """
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+        raise ValueError(f"Expected a number of samples of at least 1. Received: {samples=}")
+    batches = list(input_batches(data, trace(model).inputs, samples))  # checked before any is run
+    adapt_to_batches(model, batches)
+
+
+def adapt_to_batches(model, batches):
     """Replace the moving statistics of every batch normalization by those of `batches`.
 
     Each layer's `moving_mean` and `moving_variance` become the plain average of its batch
