@@ -17,6 +17,7 @@ import keras
 import typer
 from cifar10_resnet20 import (
     CHECKPOINT,
+    checked_datasets,
     compile_model,
     evaluate_ir,
     fit,
@@ -152,12 +153,7 @@ def main(
     work: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("cifar10_low_bit"),
 ):
     """Train every variant and print one table."""
-    if not checkpoint.exists():
-        raise typer.BadParameter(f"no float model there. Received: {checkpoint}")
-    try:
-        load_datasets(data, BATCH)
-    except FileNotFoundError as error:
-        raise typer.BadParameter(str(error), param_hint="--data") from error
+    checked_datasets(data, BATCH, checkpoint)
     work.mkdir(parents=True, exist_ok=True)
     training = Training(data, checkpoint, epochs, steps, work)
     store = work / "results.json"

@@ -25,6 +25,7 @@ import numpy as np
 import typer
 from cifar10_resnet20 import (
     CHECKPOINT,
+    checked_datasets,
     compile_model,
     evaluate_ir,
     fit,
@@ -90,12 +91,7 @@ def configuration(name):
 
 def prepared(data, checkpoint, work):
     """Returns the datasets and the float model; what is missing is an error of the command line."""
-    if not checkpoint.exists():
-        raise typer.BadParameter(f"no float model there. Received: {checkpoint}")
-    try:
-        datasets = load_datasets(data, BATCH)
-    except FileNotFoundError as error:
-        raise typer.BadParameter(str(error), param_hint="--data") from error
+    datasets = checked_datasets(data, BATCH, checkpoint)
     work.mkdir(parents=True, exist_ok=True)
     return datasets, keras.models.load_model(checkpoint, compile=False)
 

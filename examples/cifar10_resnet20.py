@@ -58,6 +58,16 @@ def find_data(folder):
     )
 
 
+def checked_datasets(folder, batch_size, checkpoint=None):
+    """Returns what `load_datasets` does; what is missing is an error of the command line."""
+    if checkpoint is not None and not checkpoint.exists():
+        raise typer.BadParameter(f"no float model there. Received: {checkpoint}")
+    try:
+        return load_datasets(folder, batch_size)
+    except FileNotFoundError as error:
+        raise typer.BadParameter(str(error), param_hint="--data") from error
+
+
 def read_records(paths):
     """Reads binary batches into `images: (n, 32, 32, 3)` uint8 and `labels: (n,)` int32."""
     records = np.concatenate([np.fromfile(path, "uint8").reshape(-1, RECORD) for path in paths])
@@ -299,10 +309,7 @@ def main(
     start_from: Annotated[Path | None, typer.Option(help="Float model to train further.")] = None,
 ):
     """Trains ResNet-20 on CIFAR-10 in float, then in int8, and compares both as OpenVINO IR."""
-    try:
-        datasets = load_datasets(data, batch_size)
-    except FileNotFoundError as error:
-        raise typer.BadParameter(str(error), param_hint="--data") from error
+    datasets = checked_datasets(data, batch_size)
     work.mkdir(parents=True, exist_ok=True)
     keras.utils.set_random_seed(0)
     if stage is Stage.float or (stage is Stage.all and not checkpoint.exists()):

@@ -15,7 +15,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras
 import typer
-from cifar10_resnet20 import CHECKPOINT, evaluate_ir, load_datasets
+from cifar10_resnet20 import CHECKPOINT, checked_datasets, evaluate_ir, load_datasets
 from rich.console import Console
 from sparsity_variants import compare, fit
 
@@ -35,12 +35,7 @@ def main(
     work: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("cifar10_sparsity"),
 ):
     """Train every variant, print one table and draw one figure."""
-    if not checkpoint.exists():
-        raise typer.BadParameter(f"no float model there. Received: {checkpoint}")
-    try:
-        _, _, test = load_datasets(data, BATCH)
-    except FileNotFoundError as error:
-        raise typer.BadParameter(str(error), param_hint="--data") from error
+    _, _, test = checked_datasets(data, BATCH, checkpoint)
 
     def trained(compression):
         keras.utils.set_random_seed(0)

@@ -55,7 +55,7 @@ def labelled_batches(data, inputs, limit, batch_size=32, samples=None):
     Raises:
         ValueError: no data, no targets, or inputs that `input_batches` refuses.
     """
-    batches = []
+    batches, seen = [], 0
     for index, batch in enumerate(itertools.islice(_batches(data, batch_size), limit)):
         if not _has_targets(batch, len(inputs)):
             raise ValueError(
@@ -71,7 +71,8 @@ def labelled_batches(data, inputs, limit, batch_size=32, samples=None):
             (targets, weights),
         )
         batches.append((arrays, targets, weights))
-        if samples is not None and sum(len(given[0]) for given, *_ in batches) >= samples:
+        seen += len(arrays[0])
+        if samples is not None and seen >= samples:
             break
     if not batches:
         raise ValueError(

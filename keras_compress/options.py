@@ -8,6 +8,7 @@ and `to_dict` gives back exactly the keys that were written.
 import dataclasses
 import difflib
 import math
+import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -293,6 +294,22 @@ def _problems(model: type[Options], item: Mapping[str, Any]) -> list[Problem]:
     return [
         Problem(path, text if kind == "missing" or not path else f"{text} {received(name, value)}")
     ]
+
+
+def check_file_path(path: Any, key: str) -> None:
+    """Raises a `ConfigError` unless a path names a file, there or not, in an existing folder.
+
+    Args:
+        path: The path.
+        key: The key that it was written under.
+    """
+    target = pathlib.Path(path)
+    if target.is_dir() or not target.parent.is_dir():
+        what = "it is a folder" if target.is_dir() else "there is no such folder"
+        raise ConfigError(
+            f"Expected `{key}` to name a file in an existing folder. "
+            f"Received: {key}={str(path)!r}; {what}."
+        )
 
 
 def _is_number(value) -> bool:

@@ -120,22 +120,14 @@ class Binarization(Algorithm):
         if rest is not None:
             rest.start(model, batches)
         switch_on(self.params, model, 0, (Binarizer,))
-        if batches is None:
-            return
-        calibration.observe_activations(self, model, Binarizer)
-        calibration.run(model, batches, self._range_samples)
-        calibration.set_activation_ranges(model, Binarizer)
+        calibration.calibrate_activations(self, model, batches, self._range_samples, Binarizer)
 
     def update(self, model, step: int, epoch: float | None) -> bool:
         """Without calibration data, reads the scales off the first training batches."""
         rest = self._rest(model.config)
         goes_on = rest is not None and rest.update(model, step, epoch)
-        seen = calibration.samples_seen(model, Binarizer)
-        if seen is None:
-            calibration.observe_activations(self, model, Binarizer)
-        elif seen >= self._range_samples:
-            calibration.set_activation_ranges(model, Binarizer)
-        return calibration.samples_seen(model, Binarizer) is not None or goes_on
+        watches = calibration.watch_activations(self, model, self._range_samples, Binarizer)
+        return watches or goes_on
 
     def begin_epoch(self, model, epoch: int) -> None:
         """Switches on what has waited for this epoch."""
@@ -165,20 +157,15 @@ class Binarization(Algorithm):
         Where the configuration names no estimator, it is the smallest of the top 0.1 % of the
         values.
         """
-        chosen = (e for e in self._range_entries if e.covers("activations", edge_name))
+        chosen = (e for e in self.initializer.ranges if e.covers("activations", edge_name))
         spec = next((entry.spec() for entry in chosen), RangeSpec())
         if spec.type is None:
             spec = dataclasses.replace(spec, type="percentile")
         return QuantizerSpec("symmetric", 1, False, False, spec)
 
     @property
-    def _range_entries(self):
-        entries = self.initializer.range
-        return entries if isinstance(entries, tuple) else (entries,)
-
-    @property
     def _range_samples(self):
-        counts = [entry.num_init_samples for entry in self._range_entries]
+        counts = [entry.num_init_samples for entry in self.initializer.ranges]
         return max(counts, default=RangeSpec().num_init_samples)
 
     def _rest(self, config):
@@ -262,6 +249,6 @@ class Binarization(Algorithm):
         tensors = [edge.name for edge in graph.edges]
         names = {"weights": weighted, "activations": tensors, None: weighted + tensors}
         check_scopes(self.scope_lists(), weighted)
-        for entry in self._range_entries:
+        for entry in self.initializer.ranges:
             entries = entry.scope_lists("initializer.range.")
             check_scopes(entries, names[entry.target_quantizer_group])

@@ -24,6 +24,38 @@ def _binarizes(layer):
     return any(isinstance(transform, Binarizer) for transform in transforms)
 
 
+def calibrate_activations(options, model, batches, samples, kind=UniformQuantizer):
+    """Set the range of every activation quantizer of a kind from batches; without any, not yet.
+
+    Args:
+        options: the algorithm, whose `activation_spec` says how ranges are estimated.
+        model: the compressed model.
+        batches: flat lists of input arrays, or None.
+        samples: how many to run.
+        kind: class of the quantizers.
+    """
+    if batches is None:
+        return
+    observe_activations(options, model, kind)
+    run(model, batches, samples)
+    set_activation_ranges(model, kind)
+
+
+def watch_activations(options, model, samples, kind=UniformQuantizer):
+    """Set the ranges that are missing once training has shown enough samples.
+
+    Called after every step, with arguments as for `calibrate_activations`.
+
+    Returns whether quantizers are still observing.
+    """
+    seen = samples_seen(model, kind)
+    if seen is None:
+        observe_activations(options, model, kind)
+    elif seen >= samples:
+        set_activation_ranges(model, kind)
+    return samples_seen(model, kind) is not None
+
+
 def observe_activations(options, model, kind=UniformQuantizer):
     """Make every activation quantizer of a kind without a range collect statistics, not round."""
     for layer in _uncalibrated(model, kind):

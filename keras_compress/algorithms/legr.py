@@ -22,7 +22,7 @@ import tempfile
 
 import numpy as np
 
-from keras_compress.options import ConfigError, Problem, nearest
+from keras_compress.options import ConfigError, Problem, check_file_path, nearest
 
 IDENTITY = (1.0, 0.0)
 SAVE_KEY, LOAD_KEY = "save_ranking_coeffs_path", "load_ranking_coeffs_path"
@@ -100,13 +100,7 @@ def _mutated(ranking, spreads, sigma, random):
 
 def check_save_path(path):
     """Raise a `ConfigError` unless a ranking can be written to a path."""
-    target = pathlib.Path(path)
-    if target.is_dir() or not target.parent.is_dir():
-        what = "it is a folder" if target.is_dir() else "there is no such folder"
-        raise ConfigError(
-            f"Expected `{SAVE_KEY}` to name a file in an existing folder. "
-            f"Received: {SAVE_KEY}={str(path)!r}; {what}."
-        )
+    check_file_path(path, SAVE_KEY)
 
 
 def write_ranking(path, ranking):

@@ -147,6 +147,15 @@ class PrecisionProblem:
             return [self.options.activation_spec(name).bits]
         return widths_of("activations", self.config.target_device, self.precision.bits)
 
+    @property
+    def candidates(self):
+        """The widths that weights can have, rising."""
+        return sorted({bits for layer in self.layers for bits, _ in layer.options})
+
+    def of_width(self, bits):
+        """Return the `Quantization` with this width for all weights that are searched for."""
+        return self.options.with_widths({layer.name + WEIGHT: bits for layer in self.layers})
+
     def links(self):
         """Return the `Link`s: all layers that read a tensor see one width of it."""
         readers = {}
@@ -209,11 +218,10 @@ class PrecisionProblem:
 
     def perturbations(self):
         """Return {(layer, weight): {bits: squared norm of what rounding changes}}."""
-        widths = sorted({bits for layer in self.layers for bits, _ in layer.options})
         found = {}
-        for bits in widths:
-            options = self.options.with_widths({each.name + WEIGHT: bits for each in self.layers})
-            for entry in quantization_plan(options, self.graph, self.config, True).weights:
+        for bits in self.candidates:
+            plan = quantization_plan(self.of_width(bits), self.graph, self.config, True)
+            for entry in plan.weights:
                 quantizer = entry.transforms[-1]()
                 error = self._squared_error(entry, quantizer)
                 found.setdefault((entry.layer, entry.weight), {})[quantizer.bits] = error
@@ -257,9 +265,9 @@ class PrecisionProblem:
                     f"received {self.precision.least_ratio:.4g}"
                 )
         rest = "" if times is None else " beside what no width changes"
-        widths = sorted({bits for layer in self.layers for bits, _ in layer.options})
-        return f"Expected bounds that widths of {widths} can keep{rest}: {'; '.join(texts)}." + (
-            " Each can be kept, but not all together." if len(budgets) > 1 else ""
+        return (
+            f"Expected bounds that widths of {self.candidates} can keep{rest}: {'; '.join(texts)}."
+            + (" Each can be kept, but not all together." if len(budgets) > 1 else "")
         )
 
     def widths(self, chosen):

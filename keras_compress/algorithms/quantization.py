@@ -108,20 +108,11 @@ class Quantization(Algorithm):
         """Sets ranges: of weights from the weights, of activations from `batches` if given."""
         calibration.calibrate_weights(self, model)
         switch_on(self.params, model, 0, KINDS)
-        if batches is None:
-            return
-        calibration.observe_activations(self, model)
-        calibration.run(model, batches, self._range_samples)
-        calibration.set_activation_ranges(model)
+        calibration.calibrate_activations(self, model, batches, self._range_samples)
 
     def update(self, model, step: int, epoch: float | None) -> bool:
         """Without calibration data, reads activation ranges off the first training batches."""
-        seen = calibration.samples_seen(model)
-        if seen is None:
-            calibration.observe_activations(self, model)
-        elif seen >= self._range_samples:
-            calibration.set_activation_ranges(model)
-        return calibration.samples_seen(model) is not None
+        return calibration.watch_activations(self, model, self._range_samples)
 
     def begin_epoch(self, model, epoch: int) -> None:
         """Switches on what has waited for this epoch; weights get their range anew then."""
@@ -151,12 +142,14 @@ class Quantization(Algorithm):
 
     @property
     def _range_samples(self) -> int:
-        entries = self.initializer.range
-        entries = entries if isinstance(entries, tuple) else (entries,)
         overrides = [*self.scope_overrides.weights.values()]
         overrides += self.scope_overrides.activations.values()
         chosen = [override.initializer.range for override in overrides]
-        counts = [entry.num_init_samples for entry in (*entries, *chosen) if entry is not None]
+        counts = [
+            entry.num_init_samples
+            for entry in (*self.initializer.ranges, *chosen)
+            if entry is not None
+        ]
         return max(counts, default=RangeSpec().num_init_samples)
 
     def weight_spec(self, layer_name: str) -> QuantizerSpec:
@@ -232,8 +225,7 @@ class Quantization(Algorithm):
         """Yields `(group or "", [(where written, entries)])` for all scope keys to validate."""
         if self.validate_scopes:
             yield "", list(self.scope_lists())
-            ranges = self.initializer.range
-            for entry in ranges if isinstance(ranges, tuple) else (ranges,):
+            for entry in self.initializer.ranges:
                 yield entry.target_quantizer_group, list(entry.scope_lists("initializer.range."))
         for group in ("weights", "activations"):
             options = getattr(self, group)

@@ -126,10 +126,14 @@ class QuantizerInitializer(Initializer):
         PrecisionInitializer(), "Mixed precision: a width for every quantizer."
     )
 
+    @property
+    def ranges(self) -> tuple[ScopedRangeInitializer, ...]:
+        """The entries of `range`, whether one was written or a list."""
+        return self.range if isinstance(self.range, tuple) else (self.range,)
+
     def range_spec(self, group: str, name: str) -> RangeSpec:
         """Returns how the range of one quantizer is estimated."""
-        entries = self.range if isinstance(self.range, tuple) else (self.range,)
-        for entry in entries:
+        for entry in self.ranges:
             if entry.covers(group, name):
                 return entry.spec()
         return RangeSpec()

@@ -249,25 +249,26 @@ class Graph:
 
 def first_layers(graph):
     """Return the names of the weighted layers with no weighted layer before them."""
-    behind = set()  # edges that depend on a weighted layer
-    first = set()
-    for node in graph.nodes:
-        depends = any(edge in behind for edge in node.inputs)
-        if node.role is Role.WEIGHTED and not depends:
-            first.add(node.name)
-        if depends or node.role is Role.WEIGHTED:
-            behind.update(node.outputs)
-    return first
+    return _outermost((node, node.inputs, node.outputs) for node in graph.nodes)
 
 
 def last_layers(graph):
     """Return the names of the weighted layers with no weighted layer behind them."""
-    ahead = set()  # edges that lead to a weighted layer
-    last = set()
-    for node in reversed(graph.nodes):
-        leads = any(edge in ahead for edge in node.outputs)
-        if node.role is Role.WEIGHTED and not leads:
-            last.add(node.name)
-        if leads or node.role is Role.WEIGHTED:
-            ahead.update(node.inputs)
-    return last
+    return _outermost((node, node.outputs, node.inputs) for node in reversed(graph.nodes))
+
+
+def _outermost(steps):
+    """Return the names of weighted layers that are met before any other on their way.
+
+    Args:
+        steps: triples (node, edges that the way comes in by, edges that it leaves by), in order.
+    """
+    passed = set()  # edges with a weighted layer on the way to them
+    found = set()
+    for node, entries, exits in steps:
+        depends = any(edge in passed for edge in entries)
+        if node.role is Role.WEIGHTED and not depends:
+            found.add(node.name)
+        if depends or node.role is Role.WEIGHTED:
+            passed.update(exits)
+    return found

@@ -3,6 +3,11 @@
 import warnings
 
 
+def has_loss(model):
+    """Whether a model was compiled with a loss."""
+    return getattr(model, "compiled", False) and getattr(model, "loss", None) is not None
+
+
 def compile_arguments(model, purpose, otherwise):
     """Return the arguments that compile another model alike, with a fresh copy of the optimizer.
 
@@ -14,7 +19,7 @@ def compile_arguments(model, purpose, otherwise):
     Raises:
         ValueError: the model is not compiled with a loss.
     """
-    if not getattr(model, "compiled", False) or getattr(model, "loss", None) is None:
+    if not has_loss(model):
         raise ValueError(
             f"Expected a model that was compiled with a loss, for {purpose}: "
             "`model.compile(optimizer, loss)` before `compress_model`. "

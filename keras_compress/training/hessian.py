@@ -15,6 +15,7 @@ from keras import ops
 
 from keras_compress.compressed_layer import PACKAGE
 from keras_compress.graph.trace import trace
+from keras_compress.training.compiled import has_loss
 
 FEWEST_DRAWS = 10  # before an early stop
 STEADY_DRAWS = 3  # in a row that have to change the total by less than the tolerance
@@ -279,7 +280,7 @@ def _require_finite(draws, weights):
 
 
 def _check_arguments(model, variables, batches, iterations):
-    if not getattr(model, "compiled", False) or getattr(model, "loss", None) is None:
+    if not has_loss(model):
         raise ValueError(
             "Expected a model that was compiled with a loss: `model.compile(optimizer, loss)`. "
             f"Received: model '{model.name}' without."

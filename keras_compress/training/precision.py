@@ -13,7 +13,7 @@ from keras_compress.data import labelled_batches
 from keras_compress.export import export
 from keras_compress.export.files import replacing
 from keras_compress.graph.rebuild import rebuild
-from keras_compress.options import ConfigError
+from keras_compress.options import ConfigError, check_file_path
 from keras_compress.training.compiled import compile_arguments
 from keras_compress.training.hessian import hessian_traces
 from keras_compress.training.latency import layer_times
@@ -153,7 +153,7 @@ class PrecisionSearch:
         """Return {bits: ({layer: milliseconds}, milliseconds of the rest)}, measured."""
         found = {}
         layers = {layer.name for layer in self.problem.layers}
-        for bits in sorted({bits for each in self.problem.layers for bits, _ in each.options}):
+        for bits in self.problem.candidates:
             with tempfile.TemporaryDirectory() as folder:
                 path = pathlib.Path(folder) / "model.xml"
                 export(self._of_width(bits), path, verify=False)
@@ -164,8 +164,7 @@ class PrecisionSearch:
 
     def _of_width(self, bits):
         """Return the model with weights of one width; times do not depend on ranges."""
-        options = self.quantization.with_widths({name + "|WEIGHT": bits for name, _ in self.keys})
-        plan = options.plan(self.graph, self.config, with_data=True)
+        plan = self.problem.of_width(bits).plan(self.graph, self.config, with_data=True)
         model = compressed_by(self.graph, plan, self.config)
         for quantizer in model.quantizers():
             if not quantizer.calibrated:
@@ -195,14 +194,8 @@ def _traces_path(precision):
     """Return the path of the traces, checked, or None."""
     if precision.traces_per_layer_path is None:
         return None
-    path = pathlib.Path(precision.traces_per_layer_path)
-    if path.is_dir() or not path.parent.is_dir():
-        what = "it is a folder" if path.is_dir() else "there is no such folder"
-        raise ConfigError(
-            f"Expected `{KEY}` to name a file in an existing folder. "
-            f"Received: {KEY}={str(path)!r}; {what}."
-        )
-    return path
+    check_file_path(precision.traces_per_layer_path, KEY)
+    return pathlib.Path(precision.traces_per_layer_path)
 
 
 def write_traces(path, traces):
