@@ -78,6 +78,8 @@ def compress_model(model, config, data=None, verbose=True):
     search = RankingSearch.of(config, model, data, graph.inputs)
     batches = None if data is None else _read(data, graph, config)
     compressed = compressed_by(graph, decided, config)
+    if any(algorithm.needs_teacher for algorithm in config.algorithms):
+        compressed.set_teacher(graph)
     for status in decided.keys:
         level = logging.INFO if status.status == "honoured" else logging.WARNING
         logger.log(level, "%s: %s (%s)", status.key, status.status, status.reason)
@@ -109,12 +111,11 @@ def _with_widths(decided, asked, found):
 def _loaded(config):
     """Load a configuration and make sure that it asks for something that can be done."""
     config = Config.load(config)
-    if not any(algorithm.built for algorithm in config.algorithms):
-        asked = [algorithm.name for algorithm in config.algorithms]
-        built = sorted({c.name for c in Algorithm.registry.values() if c.built})
+    if not config.algorithms:
+        known = sorted({each.name for each in Algorithm.registry.values()})
         raise ConfigError(
-            f"Expected a configuration with at least one algorithm of {built} under `compression`. "
-            f"Received: {asked or 'none'}."
+            f"Expected a configuration with at least one algorithm of {known} under `compression`. "
+            "Received: none."
         )
     return config
 
@@ -134,8 +135,7 @@ def _checked_graph(model):
 def _plan(graph, config, with_data=False):
     decided = Plan(graph.name, keys=config.key_report())
     for algorithm in _in_order(config):
-        if algorithm.built:
-            decided = decided.merge(algorithm.plan(graph, config, with_data=with_data))
+        decided = decided.merge(algorithm.plan(graph, config, with_data=with_data))
     return decided
 
 
@@ -153,7 +153,8 @@ def _read(data, graph, config):
 def _learn_ranking(model, search, graph, config, verbose):
     """Let LeGR find the ranking of the filters, on a model that has masks and nothing else."""
     pruning = search.pruning
-    candidate = compressed_by(graph, pruning.plan(graph, config, with_data=True), config)
+    masked = pruning.plan(graph, config, with_data=True)
+    candidate = compressed_by(graph, masked, Config(algorithms=[pruning]))
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not verbose) as bar:
         task = bar.add_task("learning the ranking", total=search.options.generations)
@@ -168,7 +169,7 @@ def _learn_ranking(model, search, graph, config, verbose):
 def _find_level(model, original, config, verbose):
     """Find out by measuring how far to prune, where a latency is the target."""
     for algorithm in config.algorithms:
-        if not algorithm.built or not algorithm.has_latency_target:
+        if not algorithm.has_latency_target:
             continue
         console = Console(stderr=True)
         with console.status("measuring latency") if verbose else contextlib.nullcontext():
@@ -194,7 +195,7 @@ def _prepare(model, config, batches, verbose):
         console = Console(stderr=True)
         return track(items, description, console=console, transient=True, disable=not verbose)
 
-    algorithms = [algorithm for algorithm in _in_order(config) if algorithm.built]
+    algorithms = _in_order(config)
     for algorithm in algorithms:
         algorithm.start(model, batches and progress(batches, f"{algorithm.name}: calibrating"))
     samples = max((algorithm.adaptation_samples for algorithm in algorithms), default=0)

@@ -20,6 +20,7 @@ from keras_compress.layers import (
 )
 from keras_compress.masks import ChannelMask
 from keras_compress.quantizers import Quantizer
+from keras_compress.teacher import Observed, Teacher
 from keras_compress.transforms import Transform
 
 STATISTICS = (
@@ -42,12 +43,16 @@ class CompressedModel(keras.Model):
             `weight_map` (`WeightMap.to_dict()`) and `progress` (see there).
     """
 
+    _teacher = staticmethod(lambda: None)
+
     def __init__(self, *args, compression=None, **kwargs):
         with deep_graphs():
             super().__init__(*args, **kwargs)
         self._compression = keras.tree.map_structure(lambda leaf: leaf, dict(compression or {}))
-        built = (algorithm for algorithm in self.config.algorithms if algorithm.built)
-        self._algorithms_with_loss = [a for a in built if type(a).loss is not Algorithm.loss]
+        algorithms = self.config.algorithms
+        self._algorithms_with_loss = [a for a in algorithms if type(a).loss is not Algorithm.loss]
+        self._needs_teacher = any(algorithm.needs_teacher for algorithm in algorithms)
+        self._observed = Observed()
 
     @property
     def config(self):
@@ -74,7 +79,7 @@ class CompressedModel(keras.Model):
         """Compute the loss as Keras does; in training, with what the algorithms add to it."""
         loss = super().compute_loss(x, y, y_pred, sample_weight, training)
         for algorithm in self._algorithms_with_loss if training else ():
-            added = algorithm.loss(self)
+            added = algorithm.loss(self, x, y_pred)
             if added is not None:
                 loss = loss + added
         return loss
@@ -82,6 +87,66 @@ class CompressedModel(keras.Model):
     def graph(self):
         """Return the `Graph` of the model."""
         return trace(self)
+
+    def set_teacher(self, original):
+        """Give the model the one that it learns from, with `knowledge_distillation`.
+
+        `compress_model` does so. A file holds no teacher: a model that is loaded from one needs it
+        again before it is trained. Any other model with the same inputs and outputs will do too,
+        such as a larger one.
+
+        Args:
+            original: a built Keras model, which is copied, or its `Graph`.
+
+        Raises:
+            TypeError, ValueError: not a built Keras model; its inputs or outputs have other shapes
+                or another structure, or it lacks an operation that is distilled.
+        """
+        teacher = Teacher(original)
+        teacher.require_fit(self, self._feature_names())
+        self._teacher = lambda: teacher  # in a function, where Keras does not look for layers
+
+    def take_teacher_of(self, other):
+        """Share the teacher of another model, which this one was made from, if it has one."""
+        self._teacher = other._teacher
+
+    def lesson(self, inputs):
+        """Return what the teacher makes of a batch, and the model's own inner tensors.
+
+        Args:
+            inputs: the batch that the model was called with in training mode, just before.
+
+        Returns:
+            (outputs of the teacher, {operation: tensor of the teacher}, {operation: tensor of the
+            model}), the last two with what the algorithms' `feature_names` asked for.
+
+        Raises:
+            ValueError: there is no teacher; inner tensors are asked for without such a call.
+        """
+        self._require_teacher()
+        names = self._feature_names()
+        outputs, taught = self._teacher().lesson(inputs, names)
+        own = self._observed.take(names)
+        return outputs, dict(zip(names, taught, strict=True)), own
+
+    def call(self, inputs, training=None, mask=None, **kwargs):
+        """Call the model as Keras does; in training, keep the inner tensors that losses need."""
+        names = self._feature_names() if training and self._teacher() is not None else ()
+        if not names:
+            return super().call(inputs, training=training, mask=mask, **kwargs)
+        return self._observed.call(self, names, inputs, training=training, mask=mask, **kwargs)
+
+    def _feature_names(self):
+        names = [name for a in self._algorithms_with_loss for name in a.feature_names(self)]
+        return tuple(dict.fromkeys(names))
+
+    def _require_teacher(self):
+        if self._needs_teacher and self._teacher() is None:
+            raise ValueError(
+                f"Model '{self.name}' learns from the original (`knowledge_distillation`), which "
+                "no file holds. Expected `model.set_teacher(original)` before training, with the "
+                "model that was compressed. Received: no teacher"
+            )
 
     def quantizers(self):
         """Return every `Quantizer` in the model: of weights and of edges, each once."""
@@ -114,6 +179,7 @@ class CompressedModel(keras.Model):
         """Make the training step, unless the model lacks the callback it needs."""
         if any(q.observer is None and not q.calibrated for q in self.quantizers()):
             require_ready(self)
+        self._require_teacher()
         return super().make_train_function(force=force)
 
     def quantize(self, *args, **kwargs):

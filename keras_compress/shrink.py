@@ -1,5 +1,7 @@
 """Physical removal of the channels that masks switch off, after training or in its midst."""
 
+import copy
+
 import keras
 import numpy as np
 
@@ -56,13 +58,17 @@ def _shrunk(model, masked, optimizer):
     """Return what `shrink` does, from the `MaskedGraph` of the model."""
     if optimizer is not None:
         _require_built(optimizer)
-    compression = model.get_config()["compression"]
+    compression = copy.deepcopy(model.get_config()["compression"])
+    narrowing = masked.narrowing
+    for algorithm in model.config.algorithms:
+        algorithm.cut(compression.get("progress", {}), narrowing)
     small = rebuild(
         masked.graph,
         model_class=CompressedModel,
-        narrowing=masked.narrowing,
+        narrowing=narrowing,
         compression=compression,
     )
+    small.take_teacher_of(model)
     if optimizer is None:
         return small
     return small, shrunk_optimizer(optimizer, model, small, _cuts(masked))
@@ -82,6 +88,7 @@ def shrink_in_place(model):
         return False
     before = dict(vars(model))
     compiled_with = model.compiled_with
+    model.optimizer.build(model.trainable_variables)  # before the first step it is not yet
     small, optimizer = _shrunk(model, masked, model.optimizer)
     structure = (small.input, small.output)
     # As new, but for the methods that Keras binds to an object when it is made.

@@ -68,7 +68,7 @@ def set_scores(model, seed=0):
 
 
 def added_loss(model):
-    return float(numpy(model.config.algorithms[0].loss(model)))
+    return float(numpy(model.config.algorithms[0].loss(model, None, None)))
 
 
 def move(model, epoch):

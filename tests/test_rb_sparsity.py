@@ -55,7 +55,7 @@ def set_logits(model, share_off):
 
 
 def added_loss(model):
-    return float(numpy(model.config.algorithms[0].loss(model)))
+    return float(numpy(model.config.algorithms[0].loss(model, None, None)))
 
 
 def test_layers_have_learnt_masks():

@@ -78,6 +78,20 @@ def test_shrinking_in_the_midst_of_fit():
     assert small.optimizer.iterations == 20
 
 
+def test_masks_that_are_final_at_once_shrink_before_the_first_step():
+    losses = []
+    for shrinks in (False, True):
+        keras.utils.set_random_seed(0)
+        model = compressed(pruning(pruning_target=0.5, schedule="baseline"))
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(keras.optimizers.Adam(1e-3), loss)
+        callbacks = [kc.callbacks.Compress(shrink=shrinks)]
+        history = model.fit(*data(), 8, 2, shuffle=False, verbose=0, callbacks=callbacks)
+        losses.append(history.history["loss"])
+    assert model.get_layer("inner").filters == 16
+    assert np.allclose(*losses, rtol=2e-4)
+
+
 def test_a_shrunk_model_saves_loads_and_strips(tmp_path):
     model = compressed()
     small = kc.shrink(model)

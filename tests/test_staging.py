@@ -123,9 +123,9 @@ def test_the_decay_of_ranges_is_its_formula():
     learnt = [numpy(q.scale) for q in quantizers if q.learnable]
     assert len(learnt) == len(quantizers) - 1  # the range of the model's input is not trained
     expected = 0.25 * sum(float(scale) ** 2 for scale in learnt)
-    assert float(numpy(algorithm.loss(model))) == pytest.approx(expected, rel=1e-6)
+    assert float(numpy(algorithm.loss(model, None, None))) == pytest.approx(expected, rel=1e-6)
     before = learnt[0]
     model.compile(keras.optimizers.SGD(0.1), **LOSS)
     model.fit(*data(), epochs=5, verbose=0, callbacks=[kc.callbacks.Compress()])
     assert numpy(quantizers[1].scale) < before
-    assert staged({}).config.algorithms[0].loss(model) is None
+    assert staged({}).config.algorithms[0].loss(model, None, None) is None

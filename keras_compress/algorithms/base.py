@@ -70,9 +70,9 @@ class Algorithm(ValidatedScopes):
     Class attributes:
         name: What the key `algorithm` says in a configuration.
         aliases: Other names that mean the same.
-        built: False while the options are understood but nothing acts on them.
         stage: Transforms and `start` of a lower stage come first: masks before quantizers.
-        adjustable: Whether it has a rate that accuracy-aware training can raise and lower.
+        needs_teacher: Whether the original model takes part in training.
+        adjustable: Whether it has a rate that can be raised and lowered: see `set_rate`.
         registry: Every algorithm by name and alias.
 
     Example:
@@ -85,8 +85,8 @@ class Algorithm(ValidatedScopes):
 
     name: ClassVar[str] = ""
     aliases: ClassVar[tuple[str, ...]] = ()
-    built: ClassVar[bool] = True
     stage: ClassVar[int] = 0
+    needs_teacher: ClassVar[bool] = False
     adjustable: ClassVar[bool] = False
     registry: ClassVar[dict[str, type["Algorithm"]]] = {}
 
@@ -133,7 +133,7 @@ class Algorithm(ValidatedScopes):
         return frozenset(), frozenset()
 
     def plan(self, graph: Any, config: Any, with_data: bool) -> Any:
-        """Returns the `Plan`: what goes where on the graph. Required of a built algorithm."""
+        """Returns the `Plan`: what goes where on the graph. Required."""
         raise NotImplementedError(f"{type(self).__name__} must say what it does: override `plan`.")
 
     def start(self, model: Any, batches: Any) -> None:
@@ -156,9 +156,27 @@ class Algorithm(ValidatedScopes):
         """
         return False
 
-    def loss(self, model: Any) -> Any:
-        """Returns what is added to the loss of every training step: a scalar tensor, or None."""
+    def loss(self, model: Any, inputs: Any, outputs: Any) -> Any:
+        """Returns what is added to the loss of every training step: a scalar tensor, or None.
+
+        Args:
+            model: The compressed model.
+            inputs: The batch, in the structure that the model was called with.
+            outputs: What the model made of it in training mode.
+        """
         return None
+
+    def feature_names(self, model: Any) -> tuple[str, ...]:
+        """Returns the names of the operations whose outputs `loss` asks `model.lesson` for."""
+        return ()
+
+    def cut(self, progress: dict[str, Any], narrowing: Any) -> None:
+        """Takes up that channels are about to be removed.
+
+        Args:
+            progress: What the smaller model will have as its `progress`; it is changed in place.
+            narrowing: The `Narrowing` from the model to the smaller one.
+        """
 
     def begin_epoch(self, model: Any, epoch: int) -> None:
         """Called once at the start of every epoch, counted from 0 by the optimizer's steps."""
@@ -166,6 +184,22 @@ class Algorithm(ValidatedScopes):
     def masks_are_final(self, model: Any) -> bool:
         """Says whether the masks stay as they are from now on; True where there are none."""
         return True
+
+    @property
+    def final_rate(self) -> float:
+        """The rate that its course ends at, in [0, 1). Required of an adjustable algorithm."""
+        raise NotImplementedError(f"{type(self).__name__} has no rate: it is not adjustable.")
+
+    def rate(self, model: Any) -> float:
+        """Returns the rate that a compressed model has now. Required of an adjustable algorithm."""
+        raise NotImplementedError(f"{type(self).__name__} has no rate: it is not adjustable.")
+
+    def set_rate(self, model: Any, rate: float) -> None:
+        """Makes a rate hold, in the place of what its course says from now on.
+
+        Lower ones than before give back what was taken. Required of an adjustable algorithm.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no rate: it is not adjustable.")
 
     def finish(self, model: Any) -> None:
         """Called at the end of training while `update` still asked for more."""
@@ -184,10 +218,7 @@ class Algorithm(ValidatedScopes):
         return {"algorithm": self.name, **super().to_dict()}
 
     def key_statuses(self, path: Path = (), parent: KeyStatus | None = None) -> Iterator[KeyStatus]:
-        """Yields the status of every key; all are refused while the algorithm is not built."""
-        if parent is None and not self.built:
-            reason = f"not built yet: {self.name} is planned for a later release"
-            parent = KeyStatus("", "refused", reason)
+        """Yields the status of every key."""
         status = parent or KeyStatus("", "honoured")
         yield KeyStatus(dotted((*path, "algorithm")), status.status, status.reason)
         yield from super().key_statuses(path, parent)

@@ -50,18 +50,19 @@ def watch_activations(options, model, samples, kind=UniformQuantizer):
     """
     seen = samples_seen(model, kind)
     if seen is None:
-        observe_activations(options, model, kind)
+        observe_activations(options, model, kind, training_only=True)
     elif seen >= samples:
         set_activation_ranges(model, kind)
     return samples_seen(model, kind) is not None
 
 
-def observe_activations(options, model, kind=UniformQuantizer):
+def observe_activations(options, model, kind=UniformQuantizer, training_only=False):
     """Make every activation quantizer of a kind without a range collect statistics, not round."""
     for layer in _uncalibrated(model, kind):
         edge, _, _ = layer.name.rpartition(SEPARATOR)
         spec = options.activation_spec(edge).range
         layer.quantizer.observer = make_observer(spec)(layer.quantizer)
+        layer.quantizer.observes_training_only = training_only
 
 
 def samples_seen(model, kind=UniformQuantizer):

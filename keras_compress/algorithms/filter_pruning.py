@@ -228,17 +228,41 @@ class FilterPruning(Algorithm):
         """Keeps what `find_latency_level` measured in the model: a `LatencyTarget` as a dict."""
         model.progress.setdefault(self.name, {})["latency"] = measured
 
+    @property
+    def final_rate(self) -> float:
+        """The level in the end."""
+        return self.params.target
+
+    def rate(self, model) -> float:
+        """Returns the level that holds: the fraction that was asked for."""
+        return model.progress.get(self.name, {}).get("level", 0.0)
+
+    def set_rate(self, model, rate: float) -> None:
+        """Makes a level hold; the schedule moves it no more.
+
+        Raises:
+            ConfigError: the level cannot be reached. The masks are as they were then.
+        """
+        self._reach(model, rate)
+        held = {"level": rate, "held": True, "frozen": False}
+        model.progress[self.name] = model.progress.get(self.name, {}) | held
+
+    def _reach(self, model, level):
+        prunable = self.prunable(model)
+        keep = prunable.reach(level, prunable.scores())
+        set_masks(prunable.graph, prunable.coupling, keep)
+
     def begin_epoch(self, model, epoch: int) -> None:
         """Sets the masks of an epoch; the level never falls behind one that was reached."""
         reached = model.progress.get(self.name, {})
+        if reached.get("held"):
+            return
         if reached.get("frozen") and reached["epoch"] >= epoch:
             return
         schedule = self.schedule
         level = max(schedule(epoch), reached.get("level", 0.0))
         if level > 0 and not (reached.get("level") == level and schedule.frozen(epoch)):
-            prunable = self.prunable(model)
-            keep = prunable.reach(level, prunable.scores())
-            set_masks(prunable.graph, prunable.coupling, keep)
+            self._reach(model, level)
         frozen = schedule.frozen(epoch + 1)
         now = {"epoch": epoch, "level": level, "frozen": frozen}
         model.progress[self.name] = reached | now

@@ -211,7 +211,7 @@ class MovementSparsity(WeightSparsity):
         """Says whether masks are fixed."""
         return model.progress.get(self.name, {}).get("frozen", False)
 
-    def loss(self, model):
+    def loss(self, model, inputs, outputs):
         """Returns the penalty that draws importances down."""
         masks = [entry.mask for entry in self.masked(model)]
         factor = keras.ops.convert_to_tensor(masks[0].factor)

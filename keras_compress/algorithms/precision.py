@@ -30,6 +30,8 @@ from keras_compress.plan import PrecisionEntry, SizeOfChoice
 
 CODE = 8  # bits of the complexity that compression ratios compare with
 STEP_BYTES = 4
+FLOAT_BITS = 32
+WIDTHS = range(2, 9)
 PREFERENCE = 1e-10  # for narrow activations among choices of one loss, of the largest loss
 
 
@@ -45,6 +47,7 @@ class SearchedLayer:
         products: multiplications for one sample.
         tensors: names of the rounded tensors that it multiplies by.
         options: the choices: pairs (bits of the weights, bits of the tensors).
+        stored: {bits of the weights: width of the numbers that hold them in the IR}.
     """
 
     name: str
@@ -54,15 +57,22 @@ class SearchedLayer:
     products: int
     tensors: tuple
     options: tuple
+    stored: dict
 
     def bytes(self, bits):
-        """Return the bytes of the weights in the IR."""
-        return -(-self.parameters * stored_bits(bits) // 8) + STEP_BYTES * self.steps
+        """Return the bytes of the weights in the IR, and of their steps unless they are floats."""
+        stored = self.stored[bits]
+        steps = self.steps if stored < FLOAT_BITS else 0
+        return -(-self.parameters * stored // 8) + STEP_BYTES * steps
 
 
-def stored_bits(bits):
-    """Return the width of the type in OpenVINO IR that holds codes of so many bits."""
-    return next(width for width in (1, 2, 4, 8) if bits <= width)
+def _stored_bits(entries):
+    """Return {bits: width in the IR} of quantizers as the `WeightEntry`s of a layer have them."""
+    other = {"half_range": False, "narrow_range": False}  # of the grid: they cost no byte
+    return {
+        bits: max(entry.transforms[-1](bits=bits, **other).stored_bits for entry in entries)
+        for bits in WIDTHS
+    }
 
 
 class PrecisionProblem:
@@ -122,6 +132,7 @@ class PrecisionProblem:
             sum(flops(node) for node in nodes if node.is_integer_product) // 2,
             tuple(entry.name.removesuffix(FAKE_QUANTIZE) for entry in tensors),
             self._options(name, tensors),
+            _stored_bits(entries),
         )
 
     def _options(self, name, tensors):
@@ -231,6 +242,7 @@ class PrecisionProblem:
         op = self.graph.layer_nodes()[entry.layer].op
         values = np.array(layer_spec(op).read(op, entry.weight).numpy(), "float32")
         quantizer.build(values.shape)
+        quantizer.enable()  # one that is staged waits for its epoch
         observer = make_observer(self.options.weight_spec(entry.layer).range)(quantizer)
         set_range_from(quantizer, values, observer)
         rounded = np.asarray(keras.ops.convert_to_numpy(quantizer(values)), "float64")

@@ -10,6 +10,7 @@ from keras_compress import scopes
 from keras_compress.algorithms import calibration
 from keras_compress.algorithms.base import Algorithm, check_scopes
 from keras_compress.algorithms.precision_options import PrecisionInitializer, full_names
+from keras_compress.algorithms.precision_rate import Widths
 from keras_compress.algorithms.quantizer_options import (
     ActivationGroup,
     QuantizerGroup,
@@ -119,7 +120,7 @@ class Quantization(Algorithm):
         if "weights" in switch_on(self.params, model, epoch, KINDS):
             calibration.calibrate_weights(self, model)
 
-    def loss(self, model):
+    def loss(self, model, inputs, outputs):
         """Returns what decays the ranges of activations, or None."""
         if not self.range_decay:
             return None
@@ -129,6 +130,46 @@ class Quantization(Algorithm):
             if isinstance(quantizer, KINDS) and quantizer.learnable
         ]
         return self.range_decay / 2 * sum(keras.ops.sum(keras.ops.square(r)) for r in ranges)
+
+    @property
+    def has_widths(self) -> bool:
+        """Whether every quantizer has a width of its own, which can move if it was searched for.
+
+        A search writes its result down as type `manual`.
+        """
+        return self.initializer.precision.type in ("hawq", "manual")
+
+    @property
+    def final_rate(self) -> float:
+        """0: widths are set before training, and have no course."""
+        return 0.0
+
+    def rate(self, model) -> float:
+        """Returns the fraction of the weights' bytes that the widths save against 8 bits.
+
+        Raises:
+            ConfigError: widths were not searched for.
+        """
+        widths = Widths(model)
+        return widths.rate(widths.bits)
+
+    def set_rate(self, model, rate: float) -> None:
+        """Gives the weights the widths of least predicted loss that save so much, or more.
+
+        Quantizers change in place, between two epochs: weights, masks, statistics and the
+        optimizer's state stay. Ranges of weights whose width changes are set anew.
+
+        Raises:
+            ConfigError: widths were not searched for, or cannot save so much. The model is as it
+                was then.
+        """
+        widths = Widths(model)
+        widths.apply(widths.at(rate))
+
+    def gradient_scale_at(self, bits: int) -> str | None:
+        """Returns how the gradient of a range is scaled at a width: below 8 bits, as LSQ does."""
+        chosen = self.gradient_scale or ("lsq" if bits < 8 else "none")
+        return None if chosen == "none" else chosen
 
     def finish(self, model) -> None:
         """Makes do with the samples seen when training ended early."""
@@ -197,9 +238,10 @@ class Quantization(Algorithm):
 
     def with_widths(self, widths: dict[str, int]) -> "Quantization":
         """Returns the same options with widths chosen: `{full name of a quantizer: bits}`."""
-        by_hand = PrecisionInitializer(
-            type="manual", bitwidth_per_scope=[(bits, name) for name, bits in widths.items()]
-        )
+        pairs = [(bits, name) for name, bits in widths.items()]
+        kept = dict(_written(self.initializer.precision))
+        kept = {key: kept[key] for key in ("bitwidth_assignment_mode",) if key in kept}
+        by_hand = PrecisionInitializer(type="manual", bitwidth_per_scope=pairs, **kept)
         initializer = self.initializer.model_copy(update={"precision": by_hand})
         initializer = type(initializer)(**dict(_written(initializer)))
         return type(self)(**dict(_written(self)) | {"initializer": initializer})

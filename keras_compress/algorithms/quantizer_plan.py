@@ -72,7 +72,7 @@ def quantization_plan(options, graph, config, with_data):
 
 def _claims(options, config, graph):
     """Return (weights, inputs): names of the layers whose ones other algorithms round."""
-    others = [each for each in config.algorithms if each.built and each is not options]
+    others = [each for each in config.algorithms if each is not options]
     weights, inputs = frozenset(), frozenset()
     for algorithm in others:
         found = algorithm.claims(graph)
@@ -117,12 +117,10 @@ def _check_width(group, name, bits, config):
 
 
 def _of_width(options, group, bits):
-    """Return the arguments that depend on width and group: few bits need the gradient scaled."""
-    scaled = "lsq" if bits < 8 else "none"
-    chosen = options.gradient_scale or scaled
+    """Return the arguments that depend on width and group."""
     return {
         "bits": bits,
-        "gradient_scale": None if chosen == "none" else chosen,
+        "gradient_scale": options.gradient_scale_at(bits),
         "staged": options.params.stages(group),
     }
 

@@ -76,7 +76,7 @@ class RBSparsity(ScheduledSparsity):
         for entry in self.masked(model):
             entry.mask.fix()
 
-    def loss(self, model):
+    def loss(self, model, inputs, outputs):
         """Returns the loss that draws the density to the one asked for."""
         masks = [entry.mask for entry in self.masked(model)]
         counts = [mask.kept() for mask in masks]

@@ -147,6 +147,21 @@ class ScheduledSparsity(WeightSparsity):
         schedule = self.schedule
         return schedule.start.level if isinstance(schedule, Adaptive) else schedule(0)
 
+    @property
+    def final_rate(self) -> float:
+        """The level in the end."""
+        return self.params.final_sparsity
+
+    def rate(self, model) -> float:
+        """Returns the level that holds."""
+        return model.progress.get(self.name, {}).get("level", 0.0)
+
+    def set_rate(self, model, rate: float) -> None:
+        """Makes a level hold; the schedule moves it no more."""
+        self.set_level(model, rate)
+        held = {"level": rate, "held": True, "frozen": False}
+        model.progress[self.name] = model.progress.get(self.name, {}) | held
+
     def start(self, model, batches) -> None:
         """Sets the level of epoch 0."""
         self.begin_epoch(model, 0)
@@ -154,7 +169,7 @@ class ScheduledSparsity(WeightSparsity):
     def begin_epoch(self, model, epoch: int) -> None:
         """Sets the level of an epoch, which never falls behind one that was reached."""
         reached = model.progress.get(self.name, {})
-        if reached.get("frozen") or reached.get("epoch") == epoch:
+        if reached.get("frozen") or reached.get("held") or reached.get("epoch") == epoch:
             return
         if "level" in reached and self.schedule.frozen(epoch):
             self._freeze(model)
@@ -163,11 +178,14 @@ class ScheduledSparsity(WeightSparsity):
 
     def update(self, model, step: int, epoch: float | None) -> bool:
         """Sets the level in every step, where `update_per_optimizer_step` says so."""
+        reached = model.progress.get(self.name, {})
         if not self.params.update_per_optimizer_step or self.masks_are_final(model):
+            return False
+        if reached.get("held"):
             return False
         if self.params.steps_per_epoch is not None:
             epoch = step / self.params.steps_per_epoch
-        if epoch is None or epoch <= model.progress.get(self.name, {}).get("epoch", -1):
+        if epoch is None or epoch <= reached.get("epoch", -1):
             return True
         if self.schedule.frozen(epoch):
             self._freeze(model)

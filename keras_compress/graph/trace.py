@@ -329,7 +329,7 @@ def _is_copyable(layer):
 
 def _own_graph(op):
     """Return the graph that a Functional or Sequential model already carries, or None."""
-    if type(op).call.__module__.partition(".")[0] != "keras":
+    if type(op).call.__module__.partition(".")[0] not in ("keras", "keras_compress"):
         return None  # the user's subclass does more than its graph
     if isinstance(op, keras.Sequential):
         return op._functional
