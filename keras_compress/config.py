@@ -15,7 +15,7 @@ import pydantic
 from pydantic.json_schema import models_json_schema
 
 from keras_compress.accuracy_aware import AccuracyAwareTraining
-from keras_compress.algorithms import Algorithm
+from keras_compress.algorithms import Algorithm, Quantization
 from keras_compress.options import (
     ConfigError,
     Flag,
@@ -34,7 +34,6 @@ from keras_compress.options import (
 
 _SHARED_FILE = "not a key of compression; training scripts may keep theirs in the same file"
 _KNOWN_INPUTS = "a Keras model knows its inputs"
-_NO_ACCURACY_LOOP = "not built yet: accuracy-aware training is planned for a later release"
 _NO_SEARCH = "not built yet: searching for an architecture is planned for a later release"
 
 
@@ -103,7 +102,7 @@ class Config(Options):
         None, "Factor on the gradient of what algorithms train; their own key is stronger."
     )
     accuracy_aware_training: AccuracyAwareTraining | None = option(
-        None, "Training within an accuracy budget.", status="refused", reason=_NO_ACCURACY_LOOP
+        None, "Training within an accuracy budget: `accuracy_aware_fit`."
     )
     bootstrapNAS: dict[str, Any] | None = option(
         None, "Search for an architecture.", status="refused", reason=_NO_SEARCH
@@ -161,6 +160,17 @@ class Config(Options):
         yield from super().key_statuses(path, parent)
         for name in self.model_extra:
             yield KeyStatus(name, "ignored", _SHARED_FILE)
+
+    @property
+    def adjustable(self) -> tuple[Algorithm, ...]:
+        """The algorithms whose rate can move in training.
+
+        Where none prunes or makes sparse, the widths of a quantization can, if each quantizer has
+        its own.
+        """
+        found = tuple(algorithm for algorithm in self.algorithms if algorithm.adjustable)
+        widths = (each for each in self.algorithms if isinstance(each, Quantization))
+        return found or tuple(each for each in widths if each.has_widths)
 
     @classmethod
     def json_schema(cls) -> dict[str, Any]:
@@ -228,9 +238,13 @@ class Config(Options):
         training = self.accuracy_aware_training
         if training is None or training.mode != "adaptive_compression_level":
             return
-        names = [algorithm.name for algorithm in self.algorithms if algorithm.adjustable]
+        names = [algorithm.name for algorithm in self.adjustable]
         if len(names) != 1:
-            text = "expected exactly one algorithm with a rate to adapt (pruning or sparsity)."
+            text = (
+                "expected exactly one algorithm with a rate to adapt (pruning or sparsity), or "
+                "none and a quantization whose widths are searched for "
+                "(`initializer.precision.type` 'hawq')."
+            )
             yield Problem(
                 ("accuracy_aware_training", "mode"), f"{text} {received('algorithms', names)}"
             )

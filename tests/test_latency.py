@@ -10,6 +10,7 @@ from keras import layers
 
 import keras_compress as kc
 from keras_compress.export.benchmark import Latency
+from keras_compress.export.layer_times import layer_times
 from keras_compress.graph.flops import flops
 from keras_compress.graph.trace import trace
 from keras_compress.training import latency
@@ -80,6 +81,15 @@ def test_the_float_model_is_the_reference_of_a_quantized_one(machine):
     assert 0 < found.level < 0.7 and abs(found.removed - 0.7) <= 0.05
 
 
+def test_quantizers_that_wait_for_their_epoch_are_measured_as_they_will_be(machine):
+    levels = []
+    for staged in ({}, {"weights_quant_start_epoch": 3, "activations_quant_start_epoch": 2}):
+        model = compressed(0.7, {"algorithm": "quantization", "params": staged})
+        levels.append(LatencyTarget(**model.progress["filter_pruning"]["latency"]))
+        assert all(quantizer.is_on for quantizer in model.quantizers()) is not bool(staged)
+    assert levels[0] == levels[1]
+
+
 def test_the_schedule_leads_to_the_level_that_was_found(machine):
     model = compressed(0.5, schedule="exponential", pruning_steps=2)
     algorithm = model.config.algorithms[0]
@@ -103,6 +113,16 @@ def test_a_table_is_linear_between_the_widths_that_were_measured():
     table = LatencyTable({"a": (np.array([8, 16]), np.array([1.0, 3.0]))}, rest=0.5)
     assert [table.predict({"a": n}) for n in (8, 12, 16)] == [1.5, 2.5, 3.5]
     assert table.predict({"a": 4}) == 1.5  # narrower than any: the narrowest
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="its export would start a process")
+def test_every_operation_of_an_ir_is_timed_as_often_as_asked(tmp_path):
+    model = network()
+    kc.export(model, tmp_path / "model.xml", verify=False)
+    counts = layer_times(tmp_path / "model.xml", trace(model), calls=3, of_calls=len)
+    assert {"first", "second", "third", "head"} <= set(counts)
+    assert set(counts) <= {"", *(layer.name for layer in model.layers)}
+    assert all(count > 0 and count % 3 == 0 for count in counts.values())
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="each of its exports would start a process")

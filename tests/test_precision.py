@@ -187,6 +187,15 @@ def test_the_loss_is_its_formula():
     assert not negative[index].any()
 
 
+def test_widths_that_wait_for_their_epoch_change_as_much():
+    model = network()
+    asked = config(budget={"bytes": 900})
+    asked["compression"][0]["params"] = {"weights_quant_start_epoch": 3}
+    loaded = kc.Config.load(asked)
+    staged = PrecisionProblem(loaded.algorithms[0], trace(model), loaded)
+    assert staged.perturbations() == problem(model, budget={"bytes": 900}).perturbations()
+
+
 def test_costs_are_those_of_the_model():
     made = problem(network(), compression_ratio=1.5)
     by_name = {layer.name: layer for layer in made.layers}

@@ -9,8 +9,7 @@ import numpy as np
 from keras_compress.algorithms.pruning_plan import HIGHEST_LEVEL, set_masks
 from keras_compress.compressed_model import CompressedModel, strip
 from keras_compress.export import benchmark, export
-from keras_compress.export.benchmark import prepared_request
-from keras_compress.export.verify import compile_on_cpu
+from keras_compress.export.layer_times import layer_times
 from keras_compress.graph.rebuild import rebuild
 from keras_compress.graph.trace import trace
 from keras_compress.options import ConfigError
@@ -86,6 +85,7 @@ def find_latency_level(model, original, algorithm, progress=iter):
     compression = model.get_config()["compression"]
     twin = rebuild(trace(model), model_class=CompressedModel, compression=compression)
     for quantizer in twin.quantizers():
+        quantizer.enable()
         if not quantizer.calibrated:  # times do not depend on ranges
             quantizer.set_range(0.0, 1.0)
     prunable = algorithm.prunable(twin)
@@ -163,44 +163,6 @@ class _Search:
         reference, pruned = benchmark(paths, calls=calls).latencies
         times = (reference.fastest, pruned.fastest, pruned.median, pruned.spread)
         return LatencyTarget(level, *times)
-
-
-def layer_times(path, graph, calls=30):
-    """Return {name of a Keras layer: milliseconds per call} of an exported model, "" for the rest.
-
-    Args:
-        path: the `.xml` file.
-        graph: the `Graph` that it was made from.
-        calls: how many are profiled; of each operation the median counts.
-    """
-    import openvino as ov
-
-    compiled = compile_on_cpu(ov.Core(), path, PERF_COUNT="YES", PERFORMANCE_HINT="LATENCY")
-    owners = _owners(compiled, set(graph.layer_nodes()))
-    request = prepared_request(compiled)
-    samples = {}
-    for _ in range(calls):
-        request.infer()
-        for info in request.get_profiling_info():
-            milliseconds = info.real_time.total_seconds() * 1e3
-            samples.setdefault(info.node_name, []).append(milliseconds)
-    times = {}
-    for name, values in samples.items():
-        owner = owners.get(name, "")
-        times[owner] = times.get(owner, 0.0) + float(np.median(values))
-    return times
-
-
-def _owners(compiled, layers):
-    """Return {name of an executed operation: name of the Keras layer that it computes}."""
-    owners = {}
-    for op in compiled.get_runtime_model().get_ordered_ops():
-        info = op.get_rt_info()
-        key = "originalLayersNames"
-        originals = str(info[key].value).split(",") if key in info else []
-        names = [name.split("/")[0] for name in (*originals, op.get_friendly_name())]
-        owners[op.get_friendly_name()] = next((name for name in names if name in layers), "")
-    return owners
 
 
 def latency_table(points, prunable):

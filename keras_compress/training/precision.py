@@ -12,11 +12,11 @@ from keras_compress.compressed_model import compressed_by
 from keras_compress.data import labelled_batches
 from keras_compress.export import export
 from keras_compress.export.files import replacing
+from keras_compress.export.layer_times import layer_times
 from keras_compress.graph.rebuild import rebuild
 from keras_compress.options import ConfigError, check_file_path
 from keras_compress.training.compiled import compile_arguments
 from keras_compress.training.hessian import hessian_traces
-from keras_compress.training.latency import layer_times
 
 KEY = "traces_per_layer_path"
 DATA_FILE = "precision.json"
@@ -167,6 +167,7 @@ class PrecisionSearch:
         plan = self.problem.of_width(bits).plan(self.graph, self.config, with_data=True)
         model = compressed_by(self.graph, plan, self.config)
         for quantizer in model.quantizers():
+            quantizer.enable()
             if not quantizer.calibrated:
                 quantizer.set_range(0.0, 1.0)
         return model
