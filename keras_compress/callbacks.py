@@ -4,19 +4,21 @@ import math
 import pathlib
 
 import keras
+import numpy as np
 
+from keras_compress.algorithms import FilterPruning, Quantization
+from keras_compress.algorithms.pruning_plan import kept_by_masks
+from keras_compress.algorithms.weight_sparsity import WeightSparsity
+from keras_compress.compressed_layer import CompressedLayer, is_weighted, layer_spec
 from keras_compress.compressed_model import quantizers_of
+from keras_compress.graph.walk import all_layers
+from keras_compress.layers import FakeQuantize
+from keras_compress.metrics import check_mode, lower_is_better
+from keras_compress.quantizers import Quantizer
 from keras_compress.shrink import shrink_in_place
+from keras_compress.stepping import Stepper, algorithms_of, forget_inference
 
-
-def _algorithms(model):
-    algorithms = getattr(getattr(model, "config", None), "algorithms", None)
-    if algorithms is None:
-        raise ValueError(
-            "Expected a model made by `keras_compress.compress_model`. "
-            f"Received: model '{model.name}' (of type {type(model).__name__})"
-        )
-    return algorithms
+FLOAT_BITS = 32
 
 
 class Compress(keras.callbacks.Callback):
@@ -44,15 +46,14 @@ class Compress(keras.callbacks.Callback):
 
     def set_model(self, model):
         super().set_model(model)
-        self._moving = [algorithm for algorithm in _algorithms(model) if algorithm.built]
-        self._eager_by_user = model.run_eagerly
+        self._stepper = Stepper(model)
         self._paused = []
         self._training = False
         self._epoch = 0
         self._next_epoch_at = None  # batch of this epoch, where it is not the end
         self._steps = None  # optimizer's steps in an epoch, once that is known
         # Before `fit` makes its training step: what observes must be in it from the first batch.
-        self._step(model)
+        self._update(model)
 
     def on_train_begin(self, logs=None):
         self._training = True
@@ -77,16 +78,12 @@ class Compress(keras.callbacks.Callback):
             self._begin_epoch(self.model)
 
     def on_train_batch_end(self, batch, logs=None):
-        if self._moving:
-            self._step(self.model)
+        if self._stepper.moving:
+            self._update(self.model)
 
     def on_train_end(self, logs=None):
         self._training = False
-        for algorithm in self._moving:
-            algorithm.finish(self.model)
-        self._moving = []
-        _forget_inference(self.model)
-        self._run_eagerly(self.model, self._eager_by_user)
+        self._stepper.finish(self.model)
 
     def on_test_begin(self, logs=None):
         # Validation data must not take part in ranges.
@@ -99,18 +96,14 @@ class Compress(keras.callbacks.Callback):
             for quantizer, observer in self._paused:
                 quantizer.observer = observer
         elif self._paused:  # no training is going on that could go on observing
-            self.model.run_eagerly = self._eager_by_user
-            _forget_inference(self.model)
+            self.model.run_eagerly = self._stepper.eager_by_user
+            forget_inference(self.model)
 
     on_predict_begin = on_test_begin
     on_predict_end = on_test_end
 
-    def _step(self, model):
-        step, length = self._done(model), self._epoch_length()
-        epoch = step / length if length else None
-        self._moving = [a for a in self._moving if a.update(model, step, epoch)]
-        observing = any(quantizer.observer is not None for quantizer in quantizers_of(model))
-        self._run_eagerly(model, self._eager_by_user or observing)
+    def _update(self, model):
+        self._stepper.update(model, self._done(model), self._epoch_length())
 
     def _done(self, model):
         return int(keras.ops.convert_to_numpy(model.optimizer.iterations))
@@ -123,27 +116,9 @@ class Compress(keras.callbacks.Callback):
         """Tell every algorithm of a new epoch, counted by the optimizer's steps where possible."""
         length = self._epoch_length()
         epoch = self._done(model) // length if length else self._epoch
-        if model.progress.get("epoch") == epoch:
-            return
-        for algorithm in _algorithms(model):
-            if algorithm.built:
-                algorithm.begin_epoch(model, epoch)
-        model.progress["epoch"] = epoch
-        if self.shrink and all(a.masks_are_final(model) for a in _algorithms(model)):
+        begun = self._stepper.begin_epoch(model, epoch)
+        if begun and self.shrink and all(a.masks_are_final(model) for a in algorithms_of(model)):
             shrink_in_place(model)
-
-    def _run_eagerly(self, model, eager):
-        """Switch between the eager and the compiled training step; a switch retraces it."""
-        if model.run_eagerly != eager:
-            _forget_inference(model)
-            model.run_eagerly = eager
-            model.make_train_function(force=True)
-
-
-def _forget_inference(model):
-    """Drop compiled inference: it was traced before ranges were known, and would not round."""
-    model.test_function = None
-    model.predict_function = None
 
 
 class ExportIR(keras.callbacks.Callback):
@@ -161,8 +136,7 @@ class ExportIR(keras.callbacks.Callback):
 
     def __init__(self, path, monitor="val_loss", mode="auto", verify=True):
         super().__init__()
-        if mode not in ("auto", "min", "max"):
-            raise ValueError(f"Expected mode 'auto', 'min' or 'max'. Received: mode={mode!r}")
+        check_mode(mode)
         self.path = pathlib.Path(path)
         self.monitor = monitor
         self.mode = mode
@@ -184,8 +158,7 @@ class ExportIR(keras.callbacks.Callback):
             export(self.model, self.path, verify=self.verify)
 
     def _is_better(self, value):
-        lower = self.monitor.endswith(("loss", "error"))
-        down = lower if self.mode == "auto" else self.mode == "min"
+        down = lower_is_better(self.monitor, self.mode)
         return value < self.best if down else value > self.best
 
 
@@ -193,13 +166,170 @@ class Statistics(keras.callbacks.Callback):
     """Adds compression figures to the epoch's logs, so that `History` and TensorBoard show them.
 
     Place it before `TensorBoard` and `CSVLogger` in the list of callbacks. Keys start with
-    `compression/`.
+    `compression/`; every epoch has the same ones. Beside the figures that each algorithm gives:
+
+    | key | what it is |
+    |---|---|
+    | `level/<algorithm>` | what its schedule asks for now |
+    | `loss/<algorithm>` | what it adds to the loss, where that depends on the model alone |
+    | `mean_weight_bits` | mean width of the weights that quantization takes, 32 where in float |
+    | `range/<quantizer>` | `per_layer`: highest less lowest grid value, mean over channels |
+    | `pruning_level/<group>` | `per_layer`: fraction of the channels of a group that is off |
+
+    A quantizer is named `<layer>/<weight>`, or as its layer where it is on an edge; its range is
+    NaN until that is known. A group is named as in the plan.
+
+    With `log_dir` and `histogram_freq` it writes histograms for TensorBoard, as the run
+    `compression` beside the runs `train` and `validation` of Keras' own `TensorBoard`:
+
+    | tag | values |
+    |---|---|
+    | `raw_weight/<layer>/<weight>` | a weight as it is trained |
+    | `effective_weight/<layer>/<weight>` | the same as its layer uses it, masked and rounded |
+    | `mask_density/<layer>/<weight>` | fraction that is on, for each index of the last axis |
+    | `range/<quantizer>` | highest less lowest grid value of every channel |
+
+    Args:
+        log_dir: folder for histograms, the same as that of `TensorBoard`.
+        histogram_freq: every how many epochs they are written; 0 for never.
+        per_layer: whether the figures of every quantizer and every group are in the logs.
+
+    Raises:
+        ValueError: no whole number, or only one of `log_dir` and `histogram_freq`; the model is not
+            a compressed one.
     """
 
+    def __init__(self, log_dir=None, histogram_freq=0, per_layer=False):
+        super().__init__()
+        whole = isinstance(histogram_freq, int) and not isinstance(histogram_freq, bool)
+        if not whole or histogram_freq < 0:
+            raise ValueError(
+                "Expected a whole number of epochs, 0 for no histograms. "
+                f"Received: histogram_freq={histogram_freq!r}"
+            )
+        if (log_dir is None) != (histogram_freq == 0):
+            raise ValueError(
+                "Expected both `log_dir` and `histogram_freq`, or neither: histograms are all that "
+                "is written, figures are added to the logs. "
+                f"Received: log_dir={log_dir!r}, histogram_freq={histogram_freq}"
+            )
+        self.log_dir = log_dir
+        self.histogram_freq = histogram_freq
+        self.per_layer = per_layer
+        self._writer = None
+
     def on_epoch_end(self, epoch, logs=None):
-        if logs is None:
-            return
-        for algorithm in _algorithms(self.model):
-            if algorithm.built:
-                for key, value in algorithm.statistics(self.model).items():
-                    logs[f"compression/{key}"] = float(value)
+        model = self.model
+        if logs is not None:
+            for key, value in _figures(model, self.per_layer).items():
+                logs[f"compression/{key}"] = float(value)
+        if self.histogram_freq and epoch % self.histogram_freq == 0:
+            self._write_histograms(model, epoch)
+
+    def on_train_end(self, logs=None):
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _write_histograms(self, model, epoch):
+        import tensorflow as tf  # which writes them on every backend
+
+        if self._writer is None:
+            folder = pathlib.Path(self.log_dir) / "compression"
+            self._writer = tf.summary.create_file_writer(str(folder))
+        with self._writer.as_default(step=epoch):
+            for tag, values in _histograms(model):
+                tf.summary.histogram(tag, values)
+        self._writer.flush()
+
+
+def _figures(model, per_layer):
+    """Return {key: number} of everything that `Statistics` adds to the logs."""
+    figures = {}
+    for algorithm in algorithms_of(model):
+        figures |= algorithm.statistics(model)
+        if algorithm.adjustable:
+            figures[f"level/{algorithm.name}"] = algorithm.rate(model)
+        if isinstance(algorithm, (Quantization, WeightSparsity)):  # they need no batch for it
+            loss = algorithm.loss(model, None, None)
+            if loss is not None:
+                figures[f"loss/{algorithm.name}"] = keras.ops.convert_to_numpy(loss)
+        if per_layer and isinstance(algorithm, FilterPruning):
+            levels = _levels(model, algorithm)
+            figures |= {f"pruning_level/{group}": level for group, level in levels.items()}
+    if quantizers_of(model):
+        figures["mean_weight_bits"] = _mean_weight_bits(model)
+    for name, quantizer in _named_quantizers(model) if per_layer else ():
+        figures[f"range/{name}"] = np.mean(_range(quantizer))
+    return figures
+
+
+def _levels(model, pruning):
+    """Return {group of channels that may go: fraction of them that is off or removed}."""
+    prunable = pruning.prunable(model)
+    keep = kept_by_masks(prunable.graph, prunable.coupling)
+    left = {group.name: int(keep[group.channels].sum()) for group in prunable.coupling.groups}
+    groups = [group for group in model.plan["groups"] if not group["reason"]]
+    return {group["name"]: 1 - left[group["name"]] / group["channels"] for group in groups}
+
+
+def _mean_weight_bits(model):
+    sizes = {}  # id of a weight: (size, bits)
+    for layer in filter(is_weighted, all_layers(model)):
+        spec = layer_spec(layer)
+        for name in spec.weights:
+            compressed = isinstance(layer, CompressedLayer)
+            transforms = layer.transforms_of(name) if compressed else ()
+            weight = layer.raw_weight(name) if compressed else spec.read(layer, name)
+            widths = [
+                each.bits for each in transforms if isinstance(each, Quantizer) and each.is_on
+            ]
+            sizes[id(weight)] = math.prod(weight.shape), min(widths, default=FLOAT_BITS)
+    total = sum(size for size, _ in sizes.values())
+    return sum(size * bits for size, bits in sizes.values()) / max(total, 1)
+
+
+def _transformed_weights(model):
+    """Yield (layer, weight, its transforms) of every weight that has any."""
+    for layer in model.layers:
+        for weight in layer.weight_names if isinstance(layer, CompressedLayer) else ():
+            if layer.transforms_of(weight):
+                yield layer, weight, layer.transforms_of(weight)
+
+
+def _named_quantizers(model):
+    """Yield (name, quantizer): of the weights, then of the edges."""
+    for layer, weight, transforms in _transformed_weights(model):
+        for transform in transforms:
+            if isinstance(transform, Quantizer):
+                yield f"{layer.name}/{weight}", transform
+    for layer in model.layers:
+        if isinstance(layer, FakeQuantize):
+            yield layer.name, layer.quantizer
+
+
+def _range(quantizer):
+    """Return the length of a quantizer's range, per channel; NaN where it has none yet."""
+    if not quantizer.calibrated:
+        return np.array([math.nan])
+    low, high = quantizer.effective_range()
+    return np.ravel(high - low)
+
+
+def _histograms(model):
+    """Yield (tag, array of values) of everything that `Statistics` writes."""
+    for layer, weight, transforms in _transformed_weights(model):
+        name = f"{layer.name}/{weight}"
+        raw = keras.ops.convert_to_numpy(layer.raw_weight(weight))
+        yield f"raw_weight/{name}", raw
+        yield f"effective_weight/{name}", layer.effective_weight(weight)
+        masks = [each for each in transforms if not isinstance(each, Quantizer)]
+        if masks:
+            on = keras.ops.ones(raw.shape)
+            for mask in masks:
+                on = mask(on, training=False)
+            on = keras.ops.convert_to_numpy(on)
+            yield f"mask_density/{name}", on.mean(axis=tuple(range(on.ndim - 1)))
+    for name, quantizer in _named_quantizers(model):
+        if quantizer.calibrated:
+            yield f"range/{name}", _range(quantizer)

@@ -50,6 +50,7 @@ class Quantizer(Transform, abstract=True):
         self.staged = staged
         self.calibrated = calibrated
         self.observer = None
+        self.observes_training_only = False
 
     @property
     def levels(self):
@@ -102,7 +103,9 @@ class Quantizer(Transform, abstract=True):
 
     def call(self, inputs, training=None):
         if self.observer is not None:
-            observe(inputs, self.observer.update)
+            # Before the first step of training, Keras may call a model on made-up values.
+            if training or not self.observes_training_only:
+                observe(inputs, self.observer.update)
             # Depends on the range by a zero: optimizers warn of variables without a gradient.
             return inputs + 0.0 * sum(ops.convert_to_tensor(v) for v in self.range_variables)
         if not self.calibrated:
@@ -199,6 +202,31 @@ class UniformQuantizer(Quantizer, abstract=True):
     def levels(self):
         """Number of grid values."""
         return self.level_high - self.level_low + 1
+
+    @property
+    def codes(self):
+        """(lowest, highest) whole multiple of the step that a grid value can be."""
+        return self.level_low, self.level_high
+
+    @property
+    def stored_bits(self):
+        """Width of the numbers that hold a weight of this grid in OpenVINO IR: 2, 4, 8 or 32.
+
+        32 stands for the weight itself, in float32: codes past those of 8 bits would need an
+        offset. Where a grid can lie anywhere around zero it is the largest that can be needed.
+
+        Example:
+
+        >>> [SymmetricQuantizer(bits, narrow_range=True).stored_bits for bits in (2, 3, 5, 8)]
+        [2, 4, 8, 8]
+        >>> [AsymmetricQuantizer(bits).stored_bits for bits in (2, 3, 4, 8)]
+        [4, 4, 8, 32]
+        """
+        lowest, highest = self.codes
+        if highest - lowest <= 3:
+            return 2
+        widths = (bits for bits in (4, 8) if -(2 ** (bits - 1)) <= lowest)
+        return next((bits for bits in widths if highest < 2 ** (bits - 1)), 32)
 
     @property
     def parametrization(self):
@@ -378,6 +406,11 @@ class AsymmetricQuantizer(UniformQuantizer):
     def level_high(self):
         """Highest whole code."""
         return 2 ** (self.bits - self.half_range) - 1 - self.narrow_range
+
+    @property
+    def codes(self):
+        """(lowest, highest) whole multiple of the step: zero may be at either end of the range."""
+        return -self.level_high, self.level_high
 
     @property
     def grid(self):

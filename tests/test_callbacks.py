@@ -124,6 +124,46 @@ def test_excluded_from_weight_decay_beside_the_users_own():
     assert input_scale(model) == pytest.approx(scale, rel=1e-3)
 
 
+def test_compiled_inference_outlives_training():
+    """Unless ranges were read in it: then it was compiled before there was anything to round."""
+    model = compressed(data=X)
+    model.compile(keras.optimizers.SGD(0.01), "mse")
+    model.predict(X, verbose=0)
+    model.evaluate(X, Y, verbose=0)
+    functions = model.predict_function, model.test_function
+    for _ in range(2):
+        model.fit(X, Y, validation_data=(X, Y), verbose=0, callbacks=[kc.callbacks.Compress()])
+        assert (model.predict_function, model.test_function) == functions
+    # Weights and ranges are variables: what was compiled before reads them as they are.
+    np.testing.assert_allclose(
+        model.predict(X, verbose=0), kc.strip(model).predict(X, verbose=0), atol=1e-6
+    )
+
+
+def test_compiled_functions_follow_a_grid_that_gets_a_sign():
+    """Weights may have another sign than in `compress_model` at the epoch that rounds them."""
+    staged = {"weights_quant_start_epoch": 1, "activations_quant_start_epoch": 0}
+    model = compressed(data=X, params=staged)
+    kernel = model.get_layer("hidden").raw_weight("kernel")
+    signs = np.sign(numpy(kernel))
+    (quantizer,) = model.get_layer("hidden").transforms_of("kernel")
+    kernel.assign(abs(numpy(kernel)))
+    quantizer.set_range(0.0, 1.0)
+    quantizer.signed = False
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    model.predict(X, verbose=0)
+    model.evaluate(X, Y, verbose=0)
+    flip = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: kernel.assign(signs * abs(numpy(kernel)))
+    )
+    callbacks = [flip, kc.callbacks.Compress()]
+    losses = model.fit(X, Y, epochs=2, verbose=0, callbacks=callbacks).history["loss"]
+    assert quantizer.signed
+    expected = kc.strip(model).predict(X, verbose=0)
+    assert losses[1] == pytest.approx(np.square(expected - Y).mean(), rel=1e-4)
+    np.testing.assert_allclose(model.predict(X, verbose=0), expected, atol=1e-6)
+
+
 def test_statistics_are_in_the_history():
     model = compressed(data=X, weights={"bits": 4})
     model.compile("sgd", "mse")
