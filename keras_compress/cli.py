@@ -97,15 +97,38 @@ def export(
 
 
 @app.command()
-def report(model: ModelFile):
-    """Show parameters, FLOPs, bits and bytes of every layer.
+def report(
+    model: ModelFile,
+    html: Annotated[
+        pathlib.Path | None, typer.Option(help="Page to write: `report.html`.", show_default=False)
+    ] = None,
+    original: Annotated[
+        pathlib.Path | None,
+        typer.Option(help="The float model, a `.keras` file, to compare with.", show_default=False),
+    ] = None,
+    latency: Annotated[
+        bool, typer.Option("--latency", help="Measure the exported models on this machine.")
+    ] = False,
+):
+    """Show parameters, FLOPs, bits and bytes of every layer, on request as a page.
 
-    Example: `keras-compress report int8.keras`
+    Example: `keras-compress report int8.keras --html report.html --original float.keras`
     """
+    if html is not None:
+        from keras_compress.report.page import checked_page_path
+
+        checked_page_path(html)
+    if original is not None:
+        _must_exist(original, "a `.keras` file")
     loaded = _loaded(model)
+    reference = None if original is None else _loaded(original)
     import keras_compress as kc
 
-    _show(kc.report(loaded))
+    with _working("measuring latency" if latency else "counting"):
+        found = kc.report(loaded, original=reference, latency=latency)
+    _show(found)
+    if html is not None:
+        found.save(html)
 
 
 @app.command()

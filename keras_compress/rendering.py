@@ -18,11 +18,11 @@ class Rendered:
         return self.renderable()
 
     def __str__(self):
-        console = Console(file=io.StringIO(), width=WIDTH, color_system=None)
+        console = Console(file=io.StringIO(), width=WIDTH, color_system=None, force_jupyter=False)
         console.print(self.renderable())
         return console.file.getvalue()
 
     def _repr_html_(self):
-        console = Console(file=io.StringIO(), width=WIDTH, record=True)
+        console = Console(file=io.StringIO(), width=WIDTH, record=True, force_jupyter=False)
         console.print(self.renderable())
         return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")

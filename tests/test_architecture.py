@@ -30,7 +30,7 @@ PRIVATE_NAMES = r"""
 """
 # Lower may not import higher. A package counts with everything inside it.
 LEVELS = [
-    {"schedules", "sparsity_schedules", "importance", "sparsity", "bit_search"}
+    {"schedules", "sparsity_schedules", "importance", "sparsity", "bit_search", "metrics"}
     | {"options", "scopes", "ranges", "rendering"},
     {"transforms", "fake_quantize", "quantizers", "binary_quantizers", "masks", "weight_masks"}
     | {"layer_specs", "accuracy_aware"},
@@ -38,11 +38,14 @@ LEVELS = [
     {"graph", "plan"},
     {"algorithms"},
     {"config", "data"},
-    {"compressed_model", "training.batch_norm", "training.legr", "training.compiled"},
+    {"compressed_model", "teacher", "training.batch_norm", "training.legr", "training.compiled"},
     {"export", "report", "shrink", "plots"},
     {"training"},
     {"compress"},
+    {"sensitivity"},
+    {"stepping"},
     {"callbacks"},
+    {"accuracy_aware_fit"},
     {"cli", "torch", "demo"},
 ]
 

@@ -7,6 +7,7 @@ import sys
 
 import keras
 import pytest
+from backend_helpers import BACKEND
 from keras import layers
 from typer.testing import CliRunner
 
@@ -99,6 +100,38 @@ def test_report_of_a_compressed_model(folder, tmp_path):
         tmp_path / "int8.keras"
     )
     assert "IR bytes" in run("report", tmp_path / "int8.keras").stdout
+
+
+def test_report_as_a_page_beside_the_float_model(folder, tmp_path):
+    model = keras.models.load_model(folder / "float.keras")
+    data = keras.random.normal((4, 6, 6, 2))
+    small = kc.compress_model(model, folder / "config.json", data=data, verbose=False)
+    small.save(tmp_path / "int8.keras")
+    page = tmp_path / "report.html"
+    original = folder / "float.keras"
+    result = run("report", tmp_path / "int8.keras", "--html", page, "--original", original)
+    assert result.exit_code == 0 and "Figures" in result.stdout
+    expected = kc.report(small, original=model)
+    assert f"{expected.figures[1].bytes:,}" in result.stdout
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("<!DOCTYPE html>") and f"{4 * model.count_params():,}" in text
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="its export would start a process")
+def test_report_with_latency(folder):
+    result = run("report", folder / "float.keras", "--latency")
+    assert result.exit_code == 0 and "ms per call" in result.stdout
+
+
+def test_report_checks_paths_before_it_loads(folder, tmp_path):
+    missing = tmp_path / "none.keras"
+    for options, message in (
+        (("--html", "report.pdf"), "ends in .html"),
+        (("--html", tmp_path / "none" / "report.html"), "existing folder"),
+        (("--original", missing), "does not exist"),
+    ):
+        assert message in one_line(run("report", folder / "float.keras", *options))
+    assert "ends in .html" in one_line(run("report", missing, "--html", "report.pdf"))
 
 
 def test_export_writes_and_verifies(folder, tmp_path):

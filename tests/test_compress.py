@@ -294,9 +294,6 @@ def test_bad_models():
 def test_bad_configurations(tmp_path):
     with pytest.raises(kc.ConfigError, match="at least one algorithm.*Received: none"):
         compress(config={})
-    unbuilt = {"algorithm": "knowledge_distillation", "type": "softmax"}
-    with pytest.raises(kc.ConfigError, match="Received: .'knowledge_distillation'."):
-        compress(config={"compression": unbuilt})
     for bits in (1, 9):
         with pytest.raises(kc.ConfigError, match="weights.bits.*from 2 to 8"):
             compress(config=with_options(weights={"bits": bits}))
