@@ -82,7 +82,8 @@ class Sensitivity(Rendered):
         baseline: its value when nothing is compressed.
         compressed: its value when everything is.
         layers: tuple of `LayerSensitivity`, largest drop first.
-        suggestion: `Suggestion`, or None where none was asked for.
+        suggestion: `Suggestion`, or None where none was asked for or found.
+        note: why none was found; empty otherwise.
     """
 
     metric: str
@@ -90,6 +91,7 @@ class Sensitivity(Rendered):
     compressed: float
     layers: tuple
     suggestion: Suggestion | None = None
+    note: str = ""
 
     def to_dict(self):
         """Return the result as JSON-able data."""
@@ -109,9 +111,11 @@ class Sensitivity(Rendered):
             names = ", ".join(entry.members or (entry.layer,))
             bar = _bar(entry.drop, largest)
             table.add_row(Text(names), f"{entry.value:.4g}", f"{entry.drop:.4g}", bar)
-        return Group(table) if self.suggestion is None else Group(table, self._advice())
+        return Group(table, self._advice()) if self.suggestion or self.note else Group(table)
 
     def _advice(self):
+        if self.suggestion is None:
+            return Text(self.note)
         found = self.suggestion
         names = ", ".join(f'"{name}"' for name in found.ignored_scopes)
         what = f'"ignored_scopes": [{names}]' if names else "nothing left out"
@@ -159,7 +163,7 @@ def sensitivity(
 
     Raises:
         TypeError, ValueError: a bad argument, or what `compress_model` refuses; masks that only
-            training brings; no finite metric in float; no suggestion within the budget.
+            training brings; no finite metric in float.
 
     Example:
 
@@ -183,7 +187,10 @@ def sensitivity(
             return found
         bar.update(task, description="what to leave alone", total=None)
         search = ScopeSearch(measure, found, model, config, data)
-        return dataclasses.replace(found, suggestion=search.run(budget))
+        try:
+            return dataclasses.replace(found, suggestion=search.run(budget))
+        except NothingFound as reason:  # what was measured is not lost
+            return dataclasses.replace(found, note=str(reason))
 
 
 def _check_numbers(suggest, budget, samples):
@@ -255,6 +262,10 @@ class Measurement:
         return Sensitivity(self.judge.name, baseline, compressed, tuple(found))
 
 
+class NothingFound(Exception):
+    """Says why there are no layers that a budget could be kept without."""
+
+
 class ScopeSearch:
     """Looks for the layers to leave alone so that a metric stays within a budget.
 
@@ -284,7 +295,7 @@ class ScopeSearch:
         more are left alone until that model, too, is within the budget.
 
         Raises:
-            ValueError: no such model is.
+            NothingFound: there is no such model.
         """
         found = self.found
         if self._within(found.compressed, budget):
@@ -330,10 +341,9 @@ class ScopeSearch:
         return self.measure.judge(model)
 
     def _nothing_found(self, budget, scopes, result):
-        return ValueError(
-            "Expected a budget that can be kept while every algorithm has something to compress. "
-            f"Received: {budget=}, for which ignored_scopes={list(scopes)} would be left alone, "
-            f"{result}. Raise the budget, or leave an algorithm out of the configuration."
+        return NothingFound(
+            f"Nothing to suggest: for a budget of {budget:.4g}, {list(scopes)} would be left "
+            f"alone, {result}. Raise the budget, or leave an algorithm out of the configuration."
         )
 
 

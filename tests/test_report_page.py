@@ -486,3 +486,11 @@ def test_all_is_printed_on_white(browser, rich, tmp_path):
     assert page.locator("nav").is_hidden()
     folded = page.locator("details tbody tr").first
     assert folded.bounding_box()["height"] > 0 and folded.is_visible()
+
+
+def test_the_page_says_why_nothing_is_suggested(tmp_path):
+    found = stub(["stem", "scores"])
+    found.suggestion, found.note = None, "Nothing to suggest: <all> is needed."
+    kc.report(network(), sensitivity=found).save(tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Nothing to suggest: &lt;all&gt; is needed." in text

@@ -426,6 +426,7 @@ def _sensitivity(found):
         "more": bars[OPEN_BARS:],
         "scopes": [] if tip is None else list(tip.ignored_scopes),
         "value": "" if tip is None else _metric_text(found.metric, tip.value),
+        "note": getattr(found, "note", ""),
     }
 
 
