@@ -391,6 +391,10 @@ def test_algorithms_register_by_subclassing(registry):
     assert algorithm.update(None, 0, None) is False
     assert algorithm.loss(None, None, None) is None and algorithm.masks_are_final(None)
     assert algorithm.statistics(None) == {}
+    with pytest.raises(NotImplementedError, match="Rounding has no rate"):
+        algorithm.set_rate(None, 0.5)
+    with pytest.raises(NotImplementedError, match="Rounding has no rate"):
+        _ = algorithm.final_rate
     with pytest.raises(NotImplementedError, match="Rounding must say what it does"):
         algorithm.plan(None, None, False)
 

@@ -190,16 +190,25 @@ class Algorithm(ValidatedScopes):
         """The rate that its course ends at, in [0, 1). Required of an adjustable algorithm."""
         raise NotImplementedError(f"{type(self).__name__} has no rate: it is not adjustable.")
 
-    def rate(self, model: Any) -> float:
-        """Returns the rate that a compressed model has now. Required of an adjustable algorithm."""
+    def set_level(self, model: Any, level: float) -> None:
+        """Takes away as much as a rate says, now. Required of an adjustable algorithm."""
         raise NotImplementedError(f"{type(self).__name__} has no rate: it is not adjustable.")
+
+    def rate(self, model: Any) -> float:
+        """Returns the rate that holds: what was asked for."""
+        return model.progress.get(self.name, {}).get("level", 0.0)
 
     def set_rate(self, model: Any, rate: float) -> None:
         """Makes a rate hold, in the place of what its course says from now on.
 
-        Lower ones than before give back what was taken. Required of an adjustable algorithm.
+        Lower ones than before give back what was taken.
+
+        Raises:
+            ConfigError: If it cannot be reached. The model is as it was then.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no rate: it is not adjustable.")
+        self.set_level(model, rate)
+        held = {"level": rate, "held": True, "frozen": False}
+        model.progress[self.name] = model.progress.get(self.name, {}) | held
 
     def finish(self, model: Any) -> None:
         """Called at the end of training while `update` still asked for more."""

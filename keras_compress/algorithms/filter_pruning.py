@@ -233,21 +233,8 @@ class FilterPruning(Algorithm):
         """The level in the end."""
         return self.params.target
 
-    def rate(self, model) -> float:
-        """Returns the level that holds: the fraction that was asked for."""
-        return model.progress.get(self.name, {}).get("level", 0.0)
-
-    def set_rate(self, model, rate: float) -> None:
-        """Makes a level hold; the schedule moves it no more.
-
-        Raises:
-            ConfigError: the level cannot be reached. The masks are as they were then.
-        """
-        self._reach(model, rate)
-        held = {"level": rate, "held": True, "frozen": False}
-        model.progress[self.name] = model.progress.get(self.name, {}) | held
-
-    def _reach(self, model, level):
+    def set_level(self, model, level: float) -> None:
+        """Sets the masks to a level, by the weights as they are now."""
         prunable = self.prunable(model)
         keep = prunable.reach(level, prunable.scores())
         set_masks(prunable.graph, prunable.coupling, keep)
@@ -262,7 +249,7 @@ class FilterPruning(Algorithm):
         schedule = self.schedule
         level = max(schedule(epoch), reached.get("level", 0.0))
         if level > 0 and not (reached.get("level") == level and schedule.frozen(epoch)):
-            self._reach(model, level)
+            self.set_level(model, level)
         frozen = schedule.frozen(epoch + 1)
         now = {"epoch": epoch, "level": level, "frozen": frozen}
         model.progress[self.name] = reached | now

@@ -129,10 +129,6 @@ class ScheduledSparsity(WeightSparsity):
 
     adjustable: ClassVar[bool] = True
 
-    def set_level(self, model, level: float) -> None:
-        """Makes a level hold, the fraction of weights that shall be off."""
-        raise NotImplementedError(f"{type(self).__name__} must define `set_level`.")
-
     def freeze(self, model) -> None:
         """Called once, at the end of the course."""
 
@@ -151,16 +147,6 @@ class ScheduledSparsity(WeightSparsity):
     def final_rate(self) -> float:
         """The level in the end."""
         return self.params.final_sparsity
-
-    def rate(self, model) -> float:
-        """Returns the level that holds."""
-        return model.progress.get(self.name, {}).get("level", 0.0)
-
-    def set_rate(self, model, rate: float) -> None:
-        """Makes a level hold; the schedule moves it no more."""
-        self.set_level(model, rate)
-        held = {"level": rate, "held": True, "frozen": False}
-        model.progress[self.name] = model.progress.get(self.name, {}) | held
 
     def start(self, model, batches) -> None:
         """Sets the level of epoch 0."""
