@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PARALLEL ?= -n auto --maxprocesses 8
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: setup demo test test-jax test-torch test-all lint format bench coverage docs clean
+.PHONY: setup demo test test-jax test-torch test-all lint format bench bench-torch coverage docs clean
 
 setup: $(STAMP)
 
@@ -50,6 +50,10 @@ bench: setup
 	$(BIN)/python benchmarks/sparse_masks.py
 	$(BIN)/python benchmarks/sparse_latency.py
 	$(BIN)/python benchmarks/low_bit.py
+
+bench-torch: setup
+	$(BIN)/python -m pip install --quiet -e '.[dev,torch-bench]'
+	$(BIN)/python benchmarks/torch_step_time.py
 
 coverage: setup
 	$(BIN)/python -m pip install --quiet -e '.[dev,bench,hub]'

@@ -1,4 +1,27 @@
 """Training-time model compression for Keras 3, deployed to OpenVINO IR."""
+# ruff: noqa: E402
+
+import importlib.util
+import os
+import sys
+import traceback
+
+
+def _is_imported_for_torch():
+    """Whether `import keras_compress.torch` is what this package is being imported for.
+
+    Python imports a package before what is in it, and this package imports Keras, which chooses its
+    backend then. The names that are being imported are in the frames of Python's import system.
+    Where those look different, `keras_compress.torch` says which variable to set.
+    """
+    frames = (frame for frame, _ in traceback.walk_stack(None))
+    imports = (each for each in frames if each.f_globals.get("__name__") == "importlib._bootstrap")
+    names = (str(each.f_locals.get("name")) for each in imports)
+    return any(f"{name}.".startswith("keras_compress.torch.") for name in names)
+
+
+if "keras" not in sys.modules and importlib.util.find_spec("torch") and _is_imported_for_torch():
+    os.environ.setdefault("KERAS_BACKEND", "torch")
 
 from keras_compress import callbacks, layers, quantizers
 from keras_compress.accuracy_aware import EpochResult
