@@ -204,7 +204,7 @@ def _round(x, low, high, step, zero_point):
 
 
 def _backward(g, x, parameters, parametrization, training):
-    """Gradients from whole-array operations, as JAX and torch run them."""
+    """Gradients from whole-array operations, which JAX fuses."""
     grid = _grid(*parametrization.bounds(*parameters), parametrization.levels)
     low, high = grid[:2]
     is_below, is_above = x < low, x > high
@@ -251,17 +251,42 @@ def _torch():
     import torch
 
     class Quantize(torch.autograd.Function):
+        """Keeps errors and what lies outside, not x or y, which others may write into."""
+
         @staticmethod
         def forward(ctx, x, parametrization, training, *parameters):
-            ctx.save_for_backward(x, *parameters)
-            ctx.static = parametrization, training
-            return _forward(x, parameters, parametrization)
+            low, high, step, zero_point = _grid(
+                *parametrization.bounds(*parameters), parametrization.levels
+            )
+            # As `_round`, in the memory of the first result.
+            y = torch.maximum(x, low)
+            torch.minimum(y, high, out=y)
+            y.sub_(low).mul_(1.0 / step).sub_(zero_point).add_(0.5).floor_().mul_(step)
+            if any(ctx.needs_input_grad):
+                error = y - x if training.learnable and training.rounding else None
+                ctx.save_for_backward(x < low, x > high, error, *parameters)
+                ctx.static = parametrization, training
+            return y
 
         @staticmethod
         def backward(ctx, g):
-            x, *parameters = ctx.saved_tensors
-            dx, gradients = _backward(g, x, parameters, *ctx.static)
-            return dx, None, None, *(gradients or [None] * len(parameters))
+            is_below, is_above, error, *parameters = ctx.saved_tensors
+            parametrization, training = ctx.static
+            dx = g * ~(is_below | is_above)
+            if not training.learnable:
+                return dx, None, None, *[None] * len(parameters)
+            shape = parameters[0].shape
+
+            def total(values, factors):
+                if not shape and factors.dtype == values.dtype:
+                    return torch.dot(values.reshape(-1), factors.reshape(-1))
+                return (values * factors).sum_to_size(shape)
+
+            reads_below = getattr(parametrization, "level_low", None) != 0
+            rounding = 0.0 if error is None else total(dx, error)
+            below = total(g, is_below) if reads_below else 0.0
+            sums = rounding, below, total(g, is_above)
+            return dx, None, None, *training.gradients(parametrization, parameters, g, *sums)
 
     def quantize(x, parameters, parametrization, training):
         return Quantize.apply(x, parametrization, training, *parameters)

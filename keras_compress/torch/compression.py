@@ -9,6 +9,7 @@ from keras_compress.algorithms.base import Algorithm
 from keras_compress.compressed_model import (
     STATISTICS,
     CompressedModel,
+    quantizers_of,
     transforms_of,
 )
 from keras_compress.config import Config
@@ -17,7 +18,7 @@ from keras_compress.masks import ChannelMask
 from keras_compress.options import ConfigError
 from keras_compress.report import report as keras_report
 from keras_compress.stepping import Stepper
-from keras_compress.torch.attach import Shadow
+from keras_compress.torch.attach import FLAGS, Shadow
 from keras_compress.torch.convert import convert
 from keras_compress.torch.export import compressed
 
@@ -196,6 +197,8 @@ class Compression:
                 f"Expected None or a whole number of at least 1. Received: {steps_per_epoch=}"
             )
         self._module, self._shadow = compressed(module)
+        is_parallel = isinstance(module, torch.nn.parallel.DistributedDataParallel)
+        self._group = module.process_group if is_parallel else None
         self._model = self._shadow.model
         self.steps_per_epoch = steps_per_epoch
         self.steps = 0
@@ -206,12 +209,32 @@ class Compression:
 
     def _restart(self):
         self._stepper = Stepper(self._model)
+        self._agreed = self._group is None
         self._update()
 
     def _update(self):
         if self._stepper.moving:
             self._shadow.share(self._module)
             self._stepper.update(self._model, self.steps, self.steps_per_epoch)
+        self._agree()
+
+    def _agree(self):
+        """Let all processes round as the first one does, once that one has all ranges."""
+        if self._agreed:
+            return
+        quantizers = quantizers_of(self._model)
+        states = [[{n: getattr(q, n) for n in FLAGS if hasattr(q, n)} for q in quantizers]]
+        first = torch.distributed.get_global_rank(self._group, 0)
+        torch.distributed.broadcast_object_list(states, first, self._group)
+        self._agreed = all(state["calibrated"] for state in states[0])
+        if not self._agreed:
+            return
+        for quantizer, state in zip(quantizers, states[0], strict=True):
+            for variable in quantizer.range_variables:
+                torch.distributed.broadcast(variable.value.data, first, self._group)
+            for name, value in state.items():
+                setattr(quantizer, name, value)
+            quantizer.observer = None
 
     def _begin(self, module, inputs):
         """Begin the epoch that the next step is in, before its first training batch."""
@@ -237,6 +260,7 @@ class Compression:
         """End the training: ranges are set from what was seen so far, masks that were due fixed."""
         self._shadow.share(self._module)
         self._stepper.finish(self._model)
+        self._agree()
 
     def loss(self, inputs, outputs):
         """Return what the algorithms add to the loss of a step, a scalar tensor.

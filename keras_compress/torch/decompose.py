@@ -161,7 +161,7 @@ def _open_attention(graph, node, module):
     parts = []
     for name in ATTENTION_ARGUMENTS[:3]:
         part = flow.call_module(f"{path}.{name}", (given[name],))
-        part = flow.call_method("unflatten", (part, -1, (module.num_heads, module.head_dim)))
+        part = flow.call_method("unflatten", (part, -1, (-1, module.head_dim)))
         parts.append(flow.call_method("transpose", (part, 1, 2)))
     result = _product(flow, *parts, drop=f"{path}.dropout" if module.dropout else None)
     result = flow.call_method("flatten", (flow.call_method("transpose", (result, 1, 2)), 2))
