@@ -21,12 +21,7 @@ from keras_compress.layers import PACKAGE
 from keras_compress.metrics import check_mode, lower_is_better
 from keras_compress.options import ConfigError
 from keras_compress.training.accuracy_result import AccuracyAwareResult, epoch_table
-from keras_compress.training.checkpoints import (
-    WEIGHTS,
-    Checkpoints,
-    fingerprint,
-    forget_compiled,
-)
+from keras_compress.training.checkpoints import WEIGHTS, Checkpoints, fingerprint
 from keras_compress.training.learning_rate import LearningRate
 from keras_compress.training.one_training import OneTraining, judged, steps_in_epoch
 
@@ -286,7 +281,7 @@ class _Loop:
                 before = float(self.algorithm.rate(self.model))
                 wanted = self.search.unreachable(wanted, before)
         if self.learning_rate.scale(self.search.learning_rate_factor):
-            forget_compiled(self.model)
+            self.model.forget_compiled()
 
     def _set_rate(self, rate):
         if isinstance(self.algorithm, RBSparsity):  # fixed masks could not follow
@@ -338,7 +333,7 @@ class _Loop:
         name = WEIGHTS.format(epoch.epoch)
         changed = self.checkpoints.restore(self.model, name)
         if self.learning_rate.loaded(self.factors[name]) or changed:
-            forget_compiled(self.model)
+            self.model.forget_compiled()
 
     def _finish(self):
         """Load the best state, fix its masks, and write down that training is over."""

@@ -14,11 +14,9 @@ from keras_compress.compressed_model import quantizers_of
 from keras_compress.graph.walk import all_layers
 from keras_compress.layers import FakeQuantize
 from keras_compress.metrics import check_mode, lower_is_better
-from keras_compress.quantizers import Quantizer
+from keras_compress.quantizers import FLOAT_BITS, Quantizer
 from keras_compress.shrink import shrink_in_place
-from keras_compress.stepping import Stepper, algorithms_of, forget_inference
-
-FLOAT_BITS = 32
+from keras_compress.stepping import Stepper, algorithms_of
 
 
 class Compress(keras.callbacks.Callback):
@@ -97,7 +95,7 @@ class Compress(keras.callbacks.Callback):
                 quantizer.observer = observer
         elif self._paused:  # no training is going on that could go on observing
             self.model.run_eagerly = self._stepper.eager_by_user
-            forget_inference(self.model)
+            self.model.forget_inference()
 
     on_predict_begin = on_test_begin
     on_predict_end = on_test_end

@@ -182,6 +182,17 @@ class CompressedModel(keras.Model):
         self._require_teacher()
         return super().make_train_function(force=force)
 
+    def forget_inference(self):
+        """Drop the compiled functions of `evaluate` and `predict`, which are then traced anew."""
+        self.test_function = None
+        self.predict_function = None
+
+    def forget_compiled(self):
+        """Have all compiled functions made anew: something that they hold has changed."""
+        self.forget_inference()
+        if self.compiled:
+            self.make_train_function(force=True)
+
     def quantize(self, *args, **kwargs):
         raise ValueError(
             f"Model '{self.name}' is already compressed: Keras' own post-training `quantize` would "

@@ -18,6 +18,7 @@ from keras_compress.transforms import Transform
 
 SMALLEST_RANGE = 0.1  # floor of an initial scale or range at 8 bits; fewer have as small a step
 SMALLEST_SHARE = 0.01  # the same, as a share of the largest among the channels
+FLOAT_BITS = 32  # width of a weight in the IR that no whole number can hold
 
 logger = logging.getLogger(__name__)
 
@@ -226,7 +227,7 @@ class UniformQuantizer(Quantizer, abstract=True):
         if highest - lowest <= 3:
             return 2
         widths = (bits for bits in (4, 8) if -(2 ** (bits - 1)) <= lowest)
-        return next((bits for bits in widths if highest < 2 ** (bits - 1)), 32)
+        return next((bits for bits in widths if highest < 2 ** (bits - 1)), FLOAT_BITS)
 
     @property
     def parametrization(self):

@@ -71,7 +71,7 @@ def _shrunk(model, masked, optimizer):
     small.take_teacher_of(model)
     if optimizer is None:
         return small
-    return small, shrunk_optimizer(optimizer, model, small, _cuts(masked))
+    return small, shrunk_optimizer(optimizer, model, small, variable_cuts(masked))
 
 
 def shrink_in_place(model):
@@ -118,7 +118,7 @@ def _require_built(optimizer):
         )
 
 
-def _cuts(masked):
+def variable_cuts(masked):
     """Return {id of a variable: {axis: positions that stay}} over all layers."""
     cuts = {}
     for name, node in masked.graph.layer_nodes().items():

@@ -25,12 +25,6 @@ def algorithms_of(model):
     return list(algorithms)
 
 
-def forget_inference(model):
-    """Drop the compiled functions of `evaluate` and `predict`, which are then traced anew."""
-    model.test_function = None
-    model.predict_function = None
-
-
 class Stepper:
     """Moves the algorithms of one model along, during one training of it.
 
@@ -102,10 +96,8 @@ class Stepper:
         # they stay as they are, unless one of the constants has changed.
         if constants != self._constants or model.run_eagerly != eager:
             self._constants = constants
-            forget_inference(model)
             model.run_eagerly = eager
-            if model.compiled:
-                model.make_train_function(force=True)
+            model.forget_compiled()
         return observing
 
 

@@ -27,10 +27,10 @@ from keras_compress.compressed_layer import layer_spec, set_range_from
 from keras_compress.graph.flops import flops
 from keras_compress.options import ConfigError
 from keras_compress.plan import PrecisionEntry, SizeOfChoice
+from keras_compress.quantizers import FLOAT_BITS
 
 CODE = 8  # bits of the complexity that compression ratios compare with
 STEP_BYTES = 4
-FLOAT_BITS = 32
 WIDTHS = range(2, 9)
 PREFERENCE = 1e-10  # for narrow activations among choices of one loss, of the largest loss
 

@@ -13,14 +13,14 @@ import math
 import numpy as np
 
 from keras_compress.algorithms.calibration import make_observer
-from keras_compress.algorithms.precision import CODE, FLOAT_BITS, STEP_BYTES
+from keras_compress.algorithms.precision import CODE, STEP_BYTES
 from keras_compress.algorithms.precision_options import OUTPUT, WEIGHT
 from keras_compress.algorithms.quantizer_plan import FAKE_QUANTIZE, input_edges, widths_of
 from keras_compress.bit_search import Budget, Link, choose
 from keras_compress.graph.placement import PRODUCTS
 from keras_compress.graph.walk import Role, first_layers
 from keras_compress.options import ConfigError
-from keras_compress.quantizers import AsymmetricQuantizer, UniformQuantizer
+from keras_compress.quantizers import FLOAT_BITS, AsymmetricQuantizer, UniformQuantizer
 
 LEVELS = " (7-bit levels)"  # ends the description of a quantizer of half the range
 
@@ -158,7 +158,7 @@ class Widths:
         tensors = self._tensor_widths(chosen)
         self._set_quantizers(chosen, tensors)
         self._write_down(chosen, tensors)
-        _forget_compiled(self.model)
+        self.model.forget_compiled()
 
     def _tensor_widths(self, chosen):
         """Return {tensor: width}, of those that follow: that of the widest weights that read it."""
@@ -295,10 +295,3 @@ def _with_width(description, transforms):
             text = parts[place].removesuffix(LEVELS).split(" bits ", 1)[1]
             parts[place] = f"{quantizer.bits} bits {text}{LEVELS if quantizer.half_range else ''}"
     return ", ".join(parts)
-
-
-def _forget_compiled(model):
-    if model.compiled:
-        model.test_function = None
-        model.predict_function = None
-        model.make_train_function(force=True)

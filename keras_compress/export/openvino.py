@@ -49,15 +49,17 @@ def write_ir(model, path, input_names, output_names, metadata):
     write_saved_model(model, folder, input_names, output_names, metadata)
     ov_model = _with_names(read_saved_model(folder), input_names, output_names)
     name_layers(ov_model, model)
-    use_integer_weights(ov_model)
-    join_binarizers(ov_model)
-    keep_rounding(ov_model)
-    keep_masks(ov_model)
-    give_biases(ov_model)
+    run_in_integers(ov_model)
     for key, value in metadata.items():
         text = value if isinstance(value, str) else json.dumps(value)
         ov_model.set_rt_info(text, ["keras_compress", key])
     ov.save_model(ov_model, str(path), compress_to_fp16=False)
+
+
+def run_in_integers(ov_model):
+    """Give a model integer weights and what else the CPU plugin needs to run it in 8 bits."""
+    for repair in (use_integer_weights, join_binarizers, keep_rounding, keep_masks, give_biases):
+        repair(ov_model)
 
 
 def read_saved_model(folder):

@@ -11,10 +11,9 @@ from keras_compress.compressed_layer import CompressedLayer, layer_spec
 from keras_compress.export.integer_weights import integer_weight
 from keras_compress.graph.flops import flops
 from keras_compress.graph.walk import Role
-from keras_compress.quantizers import Quantizer, SymmetricQuantizer
+from keras_compress.quantizers import FLOAT_BITS, Quantizer, SymmetricQuantizer
 
 FLOAT_BYTES = 4
-FLOAT_BITS = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +91,7 @@ def _layer_report(node, count, reason):
     parameters = sum(math.prod(weight.shape) for weight in weights)
     integers = _trained_integers(op) if compressed else _found_integers(op)
     saved = sum(size * FLOAT_BYTES - stored for _, size, stored in integers)
-    widths = [_edge_bits(edge) for edge in node.inputs if edge.dtype.startswith(("float", "bfl"))]
+    widths = [_edge_bits(edge) for edge in node.inputs if edge.is_float]
     return LayerReport(
         layer=node.name,
         type=(op.keras_class if compressed else type(op)).__name__,

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import warnings
 
-import keras
 import numpy as np
 import torch
 
@@ -13,17 +12,12 @@ from keras_compress.algorithms.pruning_plan import MaskedGraph
 from keras_compress.compressed_model import require_ready
 from keras_compress.export.files import checked_target, replacing
 from keras_compress.export.onnx import use_integer_weights as use_integer_weights_in_onnx
-from keras_compress.export.openvino import name_layers, use_integer_weights
-from keras_compress.export.plugin_repairs import (
-    give_biases,
-    join_binarizers,
-    keep_masks,
-    keep_rounding,
-)
+from keras_compress.export.openvino import name_layers, run_in_integers
 from keras_compress.export.saved_model import CODES, signature_names, wide_range
 from keras_compress.export.verify import verify as verified
 from keras_compress.quantizers import UniformQuantizer
 from keras_compress.shrink import shrink as shrink_keras
+from keras_compress.shrink import variable_cuts
 from keras_compress.torch.attach import copy_effective, insert_quantizers, raw_tensor
 
 
@@ -130,7 +124,7 @@ def shrink(module):
     shadow.share(module)
     small = shrink_keras(shadow.model)
     plain = copy.deepcopy(shadow.original)
-    cuts = _cuts(shadow.model)
+    cuts = variable_cuts(MaskedGraph.of(shadow.model.graph()))
     weights = {}
     for (name, attribute), weight in shadow.present():
         variable, tensor = shadow.variable(name, attribute), raw_tensor(module, weight).detach()
@@ -153,15 +147,6 @@ def shrink(module):
     return dataclasses.replace(
         shadow, model=small, original=plain, weights=weights, hooks=[]
     ).attach(twin)
-
-
-def _cuts(model):
-    """Return {id of a variable of the shadow: {axis: positions that stay}}."""
-    masked, cuts = MaskedGraph.of(model.graph()), {}
-    for name, node in masked.graph.layer_nodes().items():
-        if isinstance(node.op, keras.layers.Layer):
-            cuts |= masked.narrowing.variables(node.op, name)
-    return cuts
 
 
 def _kept(weight, shape, cut):
@@ -299,8 +284,7 @@ def _write_ir(module, path, examples, model):
         for port, name in zip(sum(ports, []), sum(signature_names(model), []), strict=True):
             port.get_tensor().set_names({name})
         ov_model.set_rt_info(json.dumps(model.config.to_dict()), ["keras_compress", "config"])
-    for repair in (use_integer_weights, join_binarizers, keep_rounding, keep_masks, give_biases):
-        repair(ov_model)
+    run_in_integers(ov_model)
     ov.save_model(ov_model, str(path), compress_to_fp16=False)
 
 

@@ -63,13 +63,6 @@ def set_facts(model, facts):
     return changed
 
 
-def forget_compiled(model):
-    """Have the compiled functions of a model made anew: something that they hold has changed."""
-    model.test_function = None
-    model.predict_function = None
-    model.make_train_function(force=True)
-
-
 def write_weights(path, model):
     """Write all variables of a compiled model into an `.npz` file."""
     arrays = [keras.ops.convert_to_numpy(variable) for variable in variables_of(model)]
