@@ -20,7 +20,20 @@ SMALLEST_RANGE = 0.1  # floor of an initial scale or range at 8 bits; fewer have
 SMALLEST_SHARE = 0.01  # the same, as a share of the largest among the channels
 FLOAT_BITS = 32  # width of a weight in the IR that no whole number can hold
 
+STEP_BYTES = 4  # a step is a float32
+
 logger = logging.getLogger(__name__)
+
+
+def stored_bytes(size, bits, steps):
+    """Return the bytes of a weight in OpenVINO IR: of its numbers, and of its steps, if any.
+
+    Args:
+        size: how many numbers there are.
+        bits: width of one: see `UniformQuantizer.stored_bits`.
+        steps: how many steps there are, unless the numbers are floats.
+    """
+    return -(-size * bits // 8) + STEP_BYTES * (steps if bits < FLOAT_BITS else 0)
 
 
 class Quantizer(Transform, abstract=True):

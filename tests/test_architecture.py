@@ -45,6 +45,7 @@ LEVELS = [
     {"compress"},
     {"sensitivity"},
     {"stepping"},
+    {"statistics"},
     {"callbacks"},
     {"accuracy_aware_fit"},
     {"cli", "torch", "demo"},

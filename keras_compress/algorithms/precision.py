@@ -27,10 +27,9 @@ from keras_compress.compressed_layer import layer_spec, set_range_from
 from keras_compress.graph.flops import flops
 from keras_compress.options import ConfigError
 from keras_compress.plan import PrecisionEntry, SizeOfChoice
-from keras_compress.quantizers import FLOAT_BITS
+from keras_compress.quantizers import stored_bytes
 
 CODE = 8  # bits of the complexity that compression ratios compare with
-STEP_BYTES = 4
 WIDTHS = range(2, 9)
 PREFERENCE = 1e-10  # for narrow activations among choices of one loss, of the largest loss
 
@@ -61,9 +60,7 @@ class SearchedLayer:
 
     def bytes(self, bits):
         """Return the bytes of the weights in the IR, and of their steps unless they are floats."""
-        stored = self.stored[bits]
-        steps = self.steps if stored < FLOAT_BITS else 0
-        return -(-self.parameters * stored // 8) + STEP_BYTES * steps
+        return stored_bytes(self.parameters, self.stored[bits], self.steps)
 
 
 def _stored_bits(entries):

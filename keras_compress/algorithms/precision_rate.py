@@ -13,14 +13,14 @@ import math
 import numpy as np
 
 from keras_compress.algorithms.calibration import make_observer
-from keras_compress.algorithms.precision import CODE, STEP_BYTES
+from keras_compress.algorithms.precision import CODE
 from keras_compress.algorithms.precision_options import OUTPUT, WEIGHT
 from keras_compress.algorithms.quantizer_plan import FAKE_QUANTIZE, input_edges, widths_of
 from keras_compress.bit_search import Budget, Link, choose
 from keras_compress.graph.placement import PRODUCTS
 from keras_compress.graph.walk import Role, first_layers
 from keras_compress.options import ConfigError
-from keras_compress.quantizers import FLOAT_BITS, AsymmetricQuantizer, UniformQuantizer
+from keras_compress.quantizers import AsymmetricQuantizer, UniformQuantizer, stored_bytes
 
 LEVELS = " (7-bit levels)"  # ends the description of a quantizer of half the range
 
@@ -73,8 +73,7 @@ class Widths:
         twins = (type(q).from_config(q.get_config() | other) for q in quantizers)
         stored = max(twin.stored_bits for twin in twins)
         steps = sum(math.prod(q.range_variables[0].shape) for q in quantizers)
-        codes = -(-entry["parameters"] * stored // 8)
-        return codes + STEP_BYTES * (steps if stored < FLOAT_BITS else 0)
+        return stored_bytes(entry["parameters"], stored, steps)
 
     def at(self, rate):
         """Return the widths of least predicted loss that save at least a fraction of the bytes.

@@ -1,11 +1,11 @@
-"""Output files appear whole or not at all: written beside their place, then renamed."""
+"""Where an export goes, and what it consists of."""
 
-import contextlib
-import os
 import pathlib
-import shutil
-import tempfile
 import zlib
+
+from keras_compress.whole_files import replacing, temporary_folder
+
+__all__ = ["SUFFIXES", "checked_target", "replacing", "stored_files", "zipped_size"]
 
 SUFFIXES = {".xml": "OpenVINO IR", ".onnx": "ONNX", "": "SavedModel directory"}
 
@@ -31,7 +31,7 @@ def checked_target(path):
     if path.exists() and path.is_dir() != (path.suffix == ""):
         kind = "folder" if path.is_dir() else "file"
         raise FileExistsError(f"A {kind} of that name is in the way. Received: path={str(path)!r}")
-    with _temporary_folder(path):
+    with temporary_folder(path):
         pass
     return path
 
@@ -55,49 +55,3 @@ def zipped_size(files):
                 total += len(compressor.compress(piece))
         total += len(compressor.flush())
     return total
-
-
-@contextlib.contextmanager
-def replacing(path, *suffixes):
-    """Give a temporary folder; what is made in it under the target's name takes the target's place.
-
-    Args:
-        path: the target.
-        *suffixes: suffixes of the files that belong together, the one that is opened first by
-            readers last, e.g. `".bin", ".xml"`. None: the target itself, file or directory.
-
-    Yields:
-        The path to write to, of the target's name.
-    """
-    with _temporary_folder(path) as folder:
-        yield folder / path.name
-        for suffix in suffixes or (path.suffix,):
-            _put_in_place(folder / path.with_suffix(suffix).name, path.with_suffix(suffix))
-
-
-@contextlib.contextmanager
-def _temporary_folder(path):
-    try:
-        folder = tempfile.mkdtemp(prefix=f".{path.stem}-", dir=path.parent)
-    except OSError as error:
-        raise PermissionError(
-            f"Expected a folder that can be written to. Received: path={str(path)!r} ({error})"
-        ) from error
-    try:
-        yield pathlib.Path(folder)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _put_in_place(new, target):
-    """Rename; a directory that stands at the target steps aside first, and back on failure."""
-    if not target.is_dir():
-        os.replace(new, target)
-        return
-    aside = new.with_name(new.name + ".old")
-    os.replace(target, aside)
-    try:
-        os.replace(new, target)
-    except OSError:
-        os.replace(aside, target)
-        raise

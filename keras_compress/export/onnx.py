@@ -13,7 +13,13 @@ from keras_compress.export.saved_model import serving_function
 
 OPSET = 17
 # Operation -> (port of its weight, axis that has a step per index).
-WEIGHTED = {"Conv": (1, 0), "ConvTranspose": (1, 1), "MatMul": (1, -1), "Gather": (0, -1)}
+WEIGHTED = {
+    "Conv": (1, 0),
+    "ConvTranspose": (1, 1),
+    "MatMul": (1, -1),
+    "Gemm": (1, 1),
+    "Gather": (0, -1),
+}
 
 
 def write_onnx(model, path, input_names, output_names, metadata):
@@ -87,12 +93,27 @@ def _arrange(values, names):
     values.extend(arranged)
 
 
+def rename_ports(graph, input_names, output_names):
+    """Give the inputs and outputs of a graph names, in place; the axis of samples stays open."""
+    values = [*graph.input, *graph.output]
+    names = [value.name for value in values]
+    renamed = dict(zip(names, input_names + output_names, strict=True))
+    for node in graph.node:
+        for tensors in (node.input, node.output):
+            tensors[:] = [renamed.get(name, name) for name in tensors]
+    for value in values:
+        value.name = renamed[value.name]
+        value.type.tensor_type.shape.dim[0].dim_param = "batch"
+
+
 def use_integer_weights(graph):
     """Replace, in place, every float weight that lies on a grid; return how many were."""
     floats = {t.name: t for t in graph.initializer if t.data_type == t.FLOAT and len(t.dims) >= 2}
     found, nodes = {}, []
     for node in graph.node:
         port, axis = WEIGHTED.get(node.op_type, (None, None))
+        if node.op_type == "Gemm" and _is_flipped(node):
+            axis = 0
         source = floats.get(node.input[port]) if port is not None else None
         if source is not None:
             key = source.name, axis
@@ -105,6 +126,11 @@ def use_integer_weights(graph):
     graph.node.extend(nodes)
     _drop_unused(graph)
     return sum(len(entry) > 1 for entry in found.values())
+
+
+def _is_flipped(node):
+    """Whether a `Gemm` reads its weight as (outputs, inputs)."""
+    return any(each.name == "transB" and each.i for each in node.attribute)
 
 
 def _dequantized(graph, source, axis):

@@ -30,6 +30,7 @@ from keras_compress.graph.walk import unique_name
 
 # Operations that belong to a layer when they follow its convolution or matrix product: layout
 # always, arithmetic with a constant (bias, batch norm).
+NORMALIZATION = "BatchNormInference"  # as PyTorch's batch norm arrives
 LAYOUT = ("Reshape", "Squeeze", "Transpose", "BatchToSpace")
 
 
@@ -67,14 +68,20 @@ def read_saved_model(folder):
     # `ov.convert_model` would also fold batch norms into weights: layers could then no longer be
     # recognized by their weights. The plugin does the same folding when it compiles.
     from openvino.frontend import FrontEndManager
-    from openvino.passes import ConstantFolding, Manager
 
     frontend = FrontEndManager().load_by_framework("tf")
     ov_model = frontend.convert(frontend.load(str(folder)))
+    fold_constants(ov_model)
+    return ov_model
+
+
+def fold_constants(ov_model):
+    """Compute, in place, what no input goes into."""
+    from openvino.passes import ConstantFolding, Manager
+
     manager = Manager()
     manager.register_pass(ConstantFolding())
     manager.run_passes(ov_model)
-    return ov_model
 
 
 def _with_names(ov_model, input_names, output_names):
@@ -277,6 +284,6 @@ def _follower(op):
     reader = readers[0].get_node()
     kind = reader.get_type_name()
     constants = [v.get_node().get_type_name() == "Constant" for v in reader.input_values()]
-    if kind in LAYOUT or (kind in ARITHMETIC and any(constants)):
+    if kind in LAYOUT or (kind in (*ARITHMETIC, NORMALIZATION) and any(constants)):
         return reader
     return None

@@ -45,12 +45,18 @@ def layer_precisions(compiled, layer_names=()):
             str(info[key].value) if key in info else ""
             for key in ("layerType", "runtimePrecision", "originalLayersNames")
         )
-        if kind in WEIGHTED and precision not in INDICES:
+        if kind in WEIGHTED and precision not in INDICES and not _selects(op, kind):
             names = originals.split(",") if originals else [op.get_friendly_name()]
             owners = [name.split("/")[0] for name in names if name.split("/")[0] in layers]
             flops = operation_flops(op, kind)
             found.append(LayerPrecision((owners or names)[0], kind, precision, flops))
     return tuple(found)
+
+
+def _selects(op, kind):
+    """Whether an operation picks from what the model computes, not from a table of weights."""
+    source = op.input_value(0).get_node()
+    return kind == "Gather" and source.get_rt_info()["layerType"].value != "Const"
 
 
 def eight_bit_share(layers):

@@ -91,14 +91,7 @@ class FixedBinarize(FixedQuantizer):
 
     def fixed(self, tf, x):
         with tf.init_scope():
-            scale = float(self.quantizer.step())
-            cutoff = float(self.quantizer.cutoff())
-        if self.input_step is None:
-            zero, slope = cutoff - 3 / 8 * scale / STEEP, STEEP
-        else:
-            step = np.float32(self.input_step)
-            zero = float((np.floor(np.float32(cutoff) / step) + 0.25) * step)
-            slope = float(2 * scale / step)
+            zero, slope, scale = binary_slope(self.quantizer, self.input_step)
         y = tf.clip_by_value((x - zero) * slope, 0.0, scale)
         return tf.quantization.fake_quant_with_min_max_vars(y, 0.0, (CODES - 1) * scale)
 
@@ -112,6 +105,21 @@ def wide_range(low, high, step, levels):
     if low < 0 and max(zero, levels - zero) <= CODES // 2:
         zero = CODES // 2
     return -zero * step, (CODES - 1 - zero) * step
+
+
+def binary_slope(quantizer, input_step):
+    """Return the floats (zero, slope, scale) of `FixedBinarize`: `(x - zero) * slope` is clipped.
+
+    Args:
+        quantizer: `BinaryActivations`.
+        input_step: step of the grid that x lies on, or None.
+    """
+    scale, cutoff = float(quantizer.step()), float(quantizer.cutoff())
+    if input_step is None:
+        return cutoff - 3 / 8 * scale / STEEP, STEEP, scale
+    step = np.float32(input_step)
+    zero = float((np.floor(np.float32(cutoff) / step) + 0.25) * step)
+    return zero, float(2 * scale / step), scale
 
 
 class BatchedDense(CompressedLayer, keras.layers.Dense):
@@ -199,7 +207,7 @@ def deployable(model):
         if isinstance(op, FakeQuantize):
             config = op.get_config() | {"name": node.name, "dtype": "float32"}
             if isinstance(op.quantizer, BinaryActivations):
-                return FixedBinarize.from_config(config | {"input_step": _step_of(node.inputs[0])})
+                return FixedBinarize.from_config(config | {"input_step": input_step(node)})
             return FixedFakeQuantize.from_config(config)
         cls = _deployed_class(node)
         half = getattr(op, "compute_dtype", None) in ("float16", "bfloat16")
@@ -212,9 +220,10 @@ def deployable(model):
         return keras.Model(list(flat.inputs), list(flat.outputs), name=flat.name)
 
 
-def _step_of(edge):
-    """Return the step of the grid that a tensor was rounded to, a float, or None."""
-    op = edge.producer.op if edge.producer is not None else None
+def input_step(node):
+    """Return the step of the grid that what a node reads was rounded to, a float, or None."""
+    producer = node.inputs[0].producer
+    op = producer.op if producer is not None else None
     if not isinstance(op, FakeQuantize) or not op.quantizer.is_on:
         return None
     step = op.quantizer.step()

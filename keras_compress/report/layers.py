@@ -11,7 +11,7 @@ from keras_compress.compressed_layer import CompressedLayer, layer_spec
 from keras_compress.export.integer_weights import integer_weight
 from keras_compress.graph.flops import flops
 from keras_compress.graph.walk import Role
-from keras_compress.quantizers import FLOAT_BITS, Quantizer, SymmetricQuantizer
+from keras_compress.quantizers import Quantizer, SymmetricQuantizer, stored_bytes
 
 FLOAT_BYTES = 4
 
@@ -164,7 +164,8 @@ def _trained_integers(layer):
             if isinstance(quantizer, Quantizer) and not quantizer.is_on:
                 continue
             if isinstance(quantizer, SymmetricQuantizer):
-                stored = _stored_bytes(size, quantizer.stored_bits, quantizer.scale)
+                steps = math.prod(quantizer.scale.shape)
+                stored = stored_bytes(size, quantizer.stored_bits, steps)
                 rows.append((quantizer.bits, size, stored))
             elif isinstance(quantizer, Quantizer):  # whether its grid has an offset, values tell
                 axes = layer_spec(layer).channel_axes(layer, weight)
@@ -190,12 +191,7 @@ def _found_bytes(size, found):
     """Bytes in OpenVINO IR of an `IntegerWeight`, or None; with an offset it is stored in float."""
     if found is None or found.offset.any():
         return FLOAT_BYTES * size
-    return _stored_bytes(size, int(found.storage[1:]), found.step)
-
-
-def _stored_bytes(size, bits, steps):
-    count = math.prod(steps.shape) if bits < FLOAT_BITS else 0
-    return math.ceil(size * bits / 8) + FLOAT_BYTES * count
+    return stored_bytes(size, int(found.storage[1:]), found.step.size)
 
 
 def _edge_bits(edge):

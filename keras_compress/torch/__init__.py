@@ -23,7 +23,8 @@ from keras_compress.torch.compression import (
     plan,
     report,
 )
-from keras_compress.torch.export import FakeQuantize, export, shrink, strip
+from keras_compress.torch.export import export, shrink, strip
+from keras_compress.torch.fake_quantize import FakeQuantize
 
 __all__ = [
     "Compression",

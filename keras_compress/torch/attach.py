@@ -6,13 +6,17 @@ the module.
 """
 
 import dataclasses
+import functools
 
 import keras
 import torch
 from torch.nn.utils import parametrize
 
+from keras_compress.export.saved_model import input_step
 from keras_compress.graph.walk import unique_name
 from keras_compress.layers import CompressedLayer, FakeQuantize
+from keras_compress.torch.fake_quantize import FakeQuantize as TorchFakeQuantize
+from keras_compress.torch.fake_quantize import has_operation
 
 PADDINGS = keras.layers.ZeroPadding1D, keras.layers.ZeroPadding2D, keras.layers.ZeroPadding3D
 FLAGS = ("calibrated", "signed")  # of a quantizer, beside its variables
@@ -23,21 +27,28 @@ class Transformed(torch.nn.Module):
 
     The variables of the transform are its parameters, those that are not trained without gradient.
 
+    Quantizers of edges compute in evaluation what `strip` and `export` fix.
+
     Args:
         transform: the `Transform`.
         weight: `TorchWeight` where it sits on a weight; None on an edge.
+        fixed: for a quantizer of an edge: function that returns a plain module of it as it is now,
+            or None.
     """
 
-    def __init__(self, transform, weight=None):
+    def __init__(self, transform, weight=None, fixed=None):
         super().__init__()
         # Out of sight of torch, which would see Keras' parameters under names with running numbers.
-        self._held = (transform, weight)
+        self._held = (transform, weight, fixed)
         taken = set()
         for variable in transform.variables:
             self.register_parameter(unique_name(variable.name, taken), variable.value)
 
     def forward(self, inputs):
-        transform, weight = self._held
+        transform, weight, fixed = self._held
+        plain = None if self.training or fixed is None else fixed()
+        if plain is not None:
+            return plain.to(inputs.device)(inputs)
         values = inputs if weight is None else weight.to_keras(inputs)
         outputs = transform(values.float(), training=self.training).to(inputs.dtype)
         if weight is None:
@@ -50,12 +61,12 @@ class Transformed(torch.nn.Module):
 
     def get_extra_state(self):
         """Return what a quantizer knows beside its variables: whether it has a range, and signs."""
-        transform, _ = self._held
+        transform, *_ = self._held
         return {name: getattr(transform, name) for name in FLAGS if hasattr(transform, name)}
 
     def set_extra_state(self, state):
         """Take up what `get_extra_state` returned."""
-        transform, _ = self._held
+        transform, *_ = self._held
         for name, value in state.items():
             setattr(transform, name, value)
 
@@ -66,7 +77,7 @@ def insert_quantizers(module, shadow, make):
     Args:
         module: `torch.fx.GraphModule` with the nodes of `shadow.original`, changed in place.
         shadow: the `Shadow`.
-        make: function of a `FakeQuantize` layer that returns the module.
+        make: function of the node of a `FakeQuantize` layer that returns the module.
 
     Raises:
         ValueError: a tensor exists in the shadow only.
@@ -86,7 +97,7 @@ def insert_quantizers(module, shadow, make):
                 "module only. Leave it out by `ignored_scopes`"
             )
         if node.name not in module._modules:
-            module.add_submodule(node.name, make(node.op))
+            module.add_submodule(node.name, make(node))
         with module.graph.inserting_after(source):
             rounded = module.graph.call_module(node.name, (source,))
         produced[node.output] = rounded
@@ -94,6 +105,20 @@ def insert_quantizers(module, shadow, make):
             _reroute(source, rounded, reader, steps)
     module.graph.lint()
     module.recompile()
+
+
+def fixed_quantizer(node):
+    """Return the module that computes as the quantizer of a node does now, in torch's operations.
+
+    Returns:
+        None where the quantizer has no range yet, or torch has no operation for its grid.
+    """
+    quantizer = node.op.quantizer
+    if not quantizer.is_on:
+        return torch.nn.Identity()
+    if not quantizer.calibrated or quantizer.observer is not None or not has_operation(quantizer):
+        return None
+    return TorchFakeQuantize(quantizer, input_step(node))
 
 
 def _before_padding(edge, produced):
@@ -170,8 +195,9 @@ class Shadow:
                 if isinstance(owner, torch.nn.RNNBase):
                     owner.register_forward_pre_hook(_read_anew)
 
-        def on_edge(layer):
-            return Transformed(layer.quantizer).train(module.training)
+        def on_edge(node):
+            fixed = functools.partial(fixed_quantizer, node)
+            return Transformed(node.op.quantizer, fixed=fixed).train(module.training)
 
         insert_quantizers(module, self, on_edge)
         module.shadow = self

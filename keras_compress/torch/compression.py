@@ -2,6 +2,7 @@
 
 import copy
 
+import keras
 import torch
 
 from keras_compress import compress
@@ -37,7 +38,7 @@ def plan(module, config, example_inputs):
     return compress.plan(convert(module, example_inputs).model, config)
 
 
-def compress_model(module, config, example_inputs, data=None):
+def compress_model(module, config, example_inputs, data=None, loss=None, optimizer="sgd"):
     """Return a copy of a torch module that computes with masked and rounded weights and edges.
 
     Weights with transforms are parametrized: the trained tensor of `conv.weight` is
@@ -50,7 +51,10 @@ def compress_model(module, config, example_inputs, data=None):
         example_inputs: tensor, or tuple of them, that the module can be called on.
         data: iterable of batches to calibrate ranges with: tensors, or pairs whose first element
             goes into the module, such as those of a `DataLoader`. None: activation ranges come
-            from the first training batches.
+            from the first training batches. Searches that need labels take pairs.
+        loss: function of (outputs, targets) that returns a scalar tensor, such as
+            `torch.nn.functional.cross_entropy`: for the traces of HAWQ and for LeGR.
+        optimizer: what trains the candidates of LeGR: as for `keras.Model.compile`.
 
     Returns:
         A `torch.fx.GraphModule`. `Compression` moves it along in training.
@@ -79,7 +83,10 @@ def compress_model(module, config, example_inputs, data=None):
         )
     config = Config.load(config)
     converted = convert(module, example_inputs)
-    model = compress.compress_model(converted.model, config, data=_batches(data), verbose=False)
+    if loss is not None:
+        converted.model.compile(optimizer, _Loss(loss))
+    data = data if data is None or hasattr(data, "shape") else _Batches(data)
+    model = compress.compress_model(converted.model, config, data=data, verbose=False)
     _require_supported(model)
     model.take_teacher_of(CompressedModel)  # none: `original` teaches
     examples = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
@@ -89,11 +96,25 @@ def compress_model(module, config, example_inputs, data=None):
     return Shadow(model, original.eval(), original, *names, examples).attach(twin)
 
 
-def _batches(data):
-    """Return data with tuples where a `DataLoader` gives lists."""
-    if data is None or hasattr(data, "shape"):
-        return data
-    return (tuple(batch) if isinstance(batch, list) else batch for batch in data)
+class _Loss(keras.losses.Loss):
+    """A loss as PyTorch has it; Keras' own would make whole numbers of the targets floats."""
+
+    def __init__(self, function):
+        super().__init__()
+        self._function = function
+
+    def __call__(self, y_true, y_pred, sample_weight=None):
+        return self._function(y_pred, torch.as_tensor(y_true, device=y_pred.device))
+
+
+class _Batches:
+    """Batches with tuples where a `DataLoader` gives lists; read anew every time."""
+
+    def __init__(self, data):
+        self._data = data
+
+    def __iter__(self):
+        return (tuple(each) if isinstance(each, list) else each for each in self._data)
 
 
 def _require_supported(model):

@@ -5,74 +5,27 @@ import dataclasses
 import json
 import warnings
 
+import keras
 import numpy as np
 import torch
 
 from keras_compress.algorithms.pruning_plan import MaskedGraph
 from keras_compress.compressed_model import require_ready
 from keras_compress.export.files import checked_target, replacing
+from keras_compress.export.onnx import rename_ports
 from keras_compress.export.onnx import use_integer_weights as use_integer_weights_in_onnx
-from keras_compress.export.openvino import name_layers, run_in_integers
-from keras_compress.export.saved_model import CODES, signature_names, wide_range
+from keras_compress.export.openvino import fold_constants, name_layers, run_in_integers
+from keras_compress.export.saved_model import signature_names
 from keras_compress.export.verify import verify as verified
-from keras_compress.quantizers import UniformQuantizer
 from keras_compress.shrink import shrink as shrink_keras
 from keras_compress.shrink import variable_cuts
-from keras_compress.torch.attach import copy_effective, insert_quantizers, raw_tensor
-
-
-class FakeQuantize(torch.nn.Module):
-    """Rounds a tensor to a fixed grid by torch's own operation: what `strip` leaves on an edge.
-
-    Shapes: any, the same out. With scale s and zero point z, of the tensor or of each channel:
-
-        y = s * (clip(round(x / s) + z, 0, 255) - z)
-
-    A grid of fewer levels is a clip to its own range before that.
-
-    Args:
-        quantizer: the `Quantizer` of an edge, whose range is set.
-
-    Raises:
-        ValueError: its steps are not equal, or there are ranges along several axes.
-    """
-
-    def __init__(self, quantizer):
-        super().__init__()
-        step = quantizer.step()
-        kept = [axis for axis, size in enumerate(step.shape) if size > 1]
-        if not isinstance(quantizer, UniformQuantizer) or len(kept) > 1:
-            raise ValueError(
-                "Expected activation quantizers with equal steps, for the tensor or along one "
-                f"axis. Received: '{quantizer.path}' ({type(quantizer).__name__}, ranges of shape "
-                f"{step.shape})"
-            )
-        low, high = quantizer.effective_range()
-        self.axis = kept[0] if kept else None
-        self.last = CODES - 1
-        self.bounds = None
-        wide_low = low
-        if kept:
-            self.last = quantizer.levels - 1
-        elif quantizer.levels < CODES:
-            self.bounds = float(low.reshape(())), float(high.reshape(()))
-            wide_low, _ = wide_range(low, high, step, quantizer.levels)
-        zero = np.rint(-wide_low / step).astype("int32")
-        shape = (-1,) if kept else ()
-        self.register_buffer("scale", torch.tensor(step).reshape(shape))
-        self.register_buffer("zero_point", torch.tensor(zero).reshape(shape))
-
-    def forward(self, inputs):
-        """Return the rounded tensor."""
-        if self.axis is not None:
-            return torch.fake_quantize_per_channel_affine(
-                inputs, self.scale, self.zero_point, self.axis, 0, self.last
-            )
-        if self.bounds is not None:
-            inputs = torch.clamp(inputs, *self.bounds)
-        return torch.fake_quantize_per_tensor_affine(
-            inputs, self.scale, self.zero_point, 0, self.last
-        )
+from keras_compress.torch.attach import (
+    copy_effective,
+    fixed_quantizer,
+    insert_quantizers,
+    raw_tensor,
+)
+from keras_compress.torch.fake_quantize import FakeQuantize
 
 
 def strip(module):
@@ -82,9 +35,7 @@ def strip(module):
     no parametrization, and nothing of Keras computes in it. Filters that masks switch off are
     zero: `shrink` takes them out.
 
-    Weights are those of the compressed module in evaluation mode bit for bit. Activations are
-    rounded by torch's operation, which rounds halves to even numbers where the compressed module
-    rounds them up.
+    It computes what the compressed module does in evaluation mode, bit for bit.
 
     Args:
         module: what `keras_compress.torch.compress_model` returned, also within
@@ -99,11 +50,9 @@ def strip(module):
     plain = copy.deepcopy(shadow.original)
     copy_effective(module, plain)
 
-    def fixed(layer):
-        on = layer.quantizer.is_on
-        return FakeQuantize(layer.quantizer) if on else torch.nn.Identity()
-
-    insert_quantizers(plain, shadow, fixed)
+    insert_quantizers(
+        plain, shadow, lambda node: fixed_quantizer(node) or FakeQuantize(node.op.quantizer)
+    )
     return plain.to(next(module.parameters()).device).eval()
 
 
@@ -275,9 +224,15 @@ def export(module, path, example_inputs=None, *, verify=True):
 def _write_ir(module, path, examples, model):
     """Write `path` (.xml) and the .bin beside it; `model` is the shadow's, or None."""
     import openvino as ov
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
+    frontend = FrontEndManager().load_by_framework("pytorch")
+    decoder = TorchScriptPythonDecoder(module, example_input=examples)
+    ov_model = frontend.convert(frontend.load(decoder))
     shapes = [ov.PartialShape([-1, *example.shape[1:]]) for example in examples]
-    ov_model = ov.convert_model(module, example_input=examples, input=shapes)
+    ov_model.reshape(dict(zip(ov_model.inputs, shapes, strict=True)))
+    fold_constants(ov_model)
     if model is not None:
         name_layers(ov_model, model)
         ports = (ov_model.inputs, ov_model.outputs)
@@ -292,13 +247,14 @@ def _write_onnx(module, path, examples, model):
     import onnx
 
     inputs = [f"input_{index}" for index in range(len(examples))]
-    outputs = None
-    if model is not None:
-        inputs, outputs = signature_names(model)
-    axes = {name: {0: "batch"} for name in [*inputs, *(outputs or [])]}
+    results = keras.tree.flatten(module(*examples))
+    outputs = [f"output_{index}" for index in range(len(results))]
+    axes = {name: {0: "batch"} for name in inputs + outputs}
     options = {"input_names": inputs, "output_names": outputs, "dynamic_axes": axes}
     torch.onnx.export(module, examples, str(path), dynamo=False, **options)
     proto = onnx.load(str(path))
+    if model is not None:
+        rename_ports(proto.graph, *signature_names(model))
     use_integer_weights_in_onnx(proto.graph)
     onnx.save(proto, str(path))
 
