@@ -17,6 +17,7 @@ from torch_training import (
     CONFIGURATIONS,
     PRUNING,
     QUANTIZATION,
+    config_of,
     images,
     in_evaluation,
     network,
@@ -119,3 +120,15 @@ def test_shrunk_sizes_of_reshapes_and_groups(sizes):
     assert small.up.out_channels == 2
     assert small.twice.out_channels == 2 * small.twice.groups < 16
     assert (in_evaluation(small) - in_evaluation(module)).abs().max() <= 1e-6
+
+
+def test_a_module_without_weights():
+    class Attention(torch.nn.Module):
+        def forward(self, x):
+            return torch.softmax(x @ x.mT, -1) @ x
+
+    x = torch.randn(4, 3, 5)
+    module = kct.compress_model(Attention(), config_of(QUANTIZATION), x, data=[x])
+    plain = kct.strip(module)
+    assert sum(isinstance(each, kct.FakeQuantize) for each in plain.modules()) == 2
+    assert torch.equal(plain(x), in_evaluation(module, x))

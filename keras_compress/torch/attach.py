@@ -216,6 +216,11 @@ class Shadow:
             return layer.raw_weight(weight)
         return getattr(getattr(layer, "cell", layer), weight)
 
+    def device(self, module):
+        """Return the device that the module is on."""
+        tensors = [*module.parameters(), *module.buffers(), *self.examples]
+        return tensors[0].device
+
     def share(self, module):
         """Let the shadow's variables be views of the weights that the module holds now."""
         for key, weight in self.present():

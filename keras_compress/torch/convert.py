@@ -9,19 +9,16 @@ import copy
 import dataclasses
 
 import keras
-import numpy as np
 import torch
-from torch.fx.node import map_aggregate, map_arg
+from torch.fx.node import map_arg
 
+from keras_compress.graph.symbolic import recorded
 from keras_compress.graph.trace import trace
 from keras_compress.graph.traced_layers import Parameter
 from keras_compress.graph.walk import SEPARATOR, unique_name
-from keras_compress.torch.decompose import traced
-from keras_compress.torch.operations import BATCH, FUNCTIONS, MODULES, ConversionError
+from keras_compress.torch.decompose import is_tensor, leaves, one_call, plain_transformers, traced
+from keras_compress.torch.operations import MODULES, ConversionError, function_row, spelled
 
-# Functions of these modules are PyTorch's; others may be the user's.
-OWN = ("None", "torch", "_operator", "math", "builtins")
-IN_PLACE = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "truediv"}
 TOLERANCE = 1e-3  # of the largest number in the result
 
 
@@ -31,7 +28,8 @@ class TorchWeight:
 
     Attributes:
         path: path of the module, such as "layer1.0.conv1", in the traced graph. That is its path
-            in the user's module too, except inside a `MultiheadAttention`.
+            in the user's module too, except inside what was taken apart: a `MultiheadAttention`,
+            or an `LSTM`, `GRU` or `RNN` of several layers or directions.
         name: name of the parameter or buffer in it, such as "weight".
         axes: permutation that turns the torch tensor into the Keras one.
         shape: shape to give to the result of the permutation, or None.
@@ -77,7 +75,7 @@ class Converted:
             names, with "-" for ".".
         graph: `torch.fx.GraphModule`, a traced copy of the module with parameters of its own.
         weights: {(name of a layer of the shadow, attribute of its weight): `TorchWeight`}. The bias
-            of an `LSTM` or `GRU` is missing: PyTorch has two in its place.
+            of an `LSTM`, `GRU` or `RNN` is missing: PyTorch has two in its place.
         tensors: {name of an edge of `trace(model)`: name of the fx node that makes the same
             tensor}. The first tensor that an operation makes has the name of the operation.
         nodes: {name of an operation of the shadow: name of the fx node that it is a part of}, of
@@ -112,13 +110,12 @@ def convert(module, example_inputs):
         raise TypeError(f"Expected a `torch.nn.Module`. Received: module={module!r}")
     examples = _checked(example_inputs)
     own = copy.deepcopy(module).eval()
-    graph = traced(own, len(examples))
-    observed, known = _observe(graph, examples)
-    _require_rows(graph, known)
-    build = _Build(graph, observed, known)
+    graph = traced(copy.deepcopy(own), examples)
+    _require_rows(graph)
+    build = _Build(graph)
     model = build.model(type(module).__name__.lower())
     _compare(model, own, examples)
-    tensors = _tensor_names(model, build)
+    tensors = _tensor_names(model, build.sources)
     modes = {path: each.training for path, each in module.named_modules()}
     for path, each in graph.named_modules():
         each.training = modes.get(path, module.training)
@@ -137,71 +134,16 @@ def _checked(example_inputs):
     return tuple(examples)
 
 
-def _observe(graph, examples):
-    """Run a graph on two sizes of batches and compare.
-
-    Returns:
-        Two dicts from the nodes: what each makes, with `KerasTensor`s in the place of tensors and
-        `BATCH` in that of numbers that change with the batch; and the values of those that make no
-        tensor, or one that no input and no weight goes into.
-    """
-    try:
-        runs = [_run(graph, examples), _run(graph, [torch.cat([x, x[:1]]) for x in examples])]
-    except Exception as error:  # whatever the module raises
-        raise ConversionError(
-            "Expected a module that can be called on its example inputs, and on one sample more. "
-            f"Received: {type(error).__name__}: {error}"
-        ) from error
-    observed, known = {}, {}
-    for node in graph.graph.nodes:
-        values, others = (run[node] for run in runs)
-        rest = iter(_leaves(others))
-        made = map_aggregate(values, lambda leaf, rest=rest: _merged(leaf, next(rest)))
-        shapes = [leaf.shape for leaf in _leaves(made) if isinstance(leaf, keras.KerasTensor)]
-        fixed = node.op in ("call_function", "call_method") and not any(None in s for s in shapes)
-        fixed = fixed and all(each in known for each in node.all_input_nodes)
-        if node.op == "get_attr":
-            fixed = not values.is_floating_point()
-        observed[node] = made
-        if fixed or not shapes:
-            known[node] = map_aggregate(values, _array) if shapes else made
-    return observed, known
-
-
-def _run(graph, inputs):
-    interpreter = torch.fx.Interpreter(graph, garbage_collect_values=False)
-    with torch.no_grad():
-        interpreter.run(*(each.clone() for each in inputs))
-    return interpreter.env
-
-
-def _leaves(structure):
-    found = []
-    map_aggregate(structure, found.append)
-    return found
-
-
-def _merged(one, other):
-    if isinstance(one, torch.Tensor):
-        pairs = zip(one.shape, other.shape, strict=True)
-        shape = [size if size == changed else None for size, changed in pairs]
-        return keras.KerasTensor(shape, str(one.dtype).removeprefix("torch."))
-    return one if type(one) not in (int, float) or one == other else BATCH
-
-
-def _array(leaf):
-    return leaf.cpu().numpy() if isinstance(leaf, torch.Tensor) else leaf
-
-
 def _row(graph, node):
-    """Return the row of a node, None where there is none."""
-    if node.op == "call_module":
-        return MODULES.get(type(graph.get_submodule(node.target)).__name__)
-    name = node.target if node.op == "call_method" else node.target.__name__
-    home = str(getattr(node.target, "__module__", None)).partition(".")[0]
-    name = name.strip("_")
-    is_own = node.op == "call_method" or home in OWN
-    return FUNCTIONS.get(IN_PLACE.get(name, name)) if is_own else None
+    """Return the row of a node with its module bound to it, None where there is none."""
+    if node.op != "call_module":
+        return function_row(node)
+    module = graph.get_submodule(node.target)
+    row = MODULES.get(spelled(type(module)))
+    if row is not None:
+        return lambda build, *args, **kwargs: row(build, module, *args, **kwargs)
+    call = one_call(module)
+    return lambda build, x: function_row(call)(build, x, *call.args[1:], **call.kwargs)
 
 
 def _where(graph, node):
@@ -214,8 +156,8 @@ def _where(graph, node):
     return f"node '{node.name}' ({node.op} of {target}) in module '{path}'"
 
 
-def _require_rows(graph, known):
-    calls = [n for n in graph.graph.nodes if n.op.startswith("call") and n not in known]
+def _require_rows(graph):
+    calls = [n for n in graph.graph.nodes if n.op.startswith("call") and "known" not in n.meta]
     unknown = [_where(graph, node) for node in calls if _row(graph, node) is None]
     if unknown:
         raise ConversionError(
@@ -231,12 +173,12 @@ class _Build:
     what the current node makes) and `anchor` (any tensor with the batch as first axis).
     """
 
-    def __init__(self, graph, observed, known):
-        self.graph, self.observed = graph, observed
-        self.values, self.anchor = dict(known), None
-        self.weights, self.nodes, self.layers, self.calls = {}, {}, {}, []
+    def __init__(self, graph):
+        self.graph, self.anchor = graph, None
+        nodes = graph.graph.nodes
+        self.values = {node: node.meta["known"] for node in nodes if "known" in node.meta}
+        self.weights, self.nodes, self.layers = {}, {}, {}
         self.sources = {}  # id(Keras tensor) -> name of the fx node that makes the same one
-        self.kept = []  # keeps ids valid
         modules = (path for path, _ in graph.named_modules() if path)
         self.reserved = {path: path.replace(".", SEPARATOR) for path in modules}
         self.taken = set(self.reserved.values())
@@ -248,13 +190,12 @@ class _Build:
             self.node = node
             if node not in self.values:
                 value = self.values[node] = self.value()
-                if isinstance(value, keras.KerasTensor):
-                    self.kept.append(value)
+                if is_tensor(value):
                     self.sources.setdefault(id(value), node.name)
         self.node = output
         inputs = [self.values[node] for node in nodes if node.op == "placeholder"]
         outputs = map_arg(output.args[0], self.values.get)
-        others = [leaf for leaf in _leaves(outputs) if not isinstance(leaf, keras.KerasTensor)]
+        others = [leaf for leaf in leaves(outputs) if not is_tensor(leaf)]
         if others:
             raise ConversionError(
                 "Expected results that are tensors and depend on the inputs. "
@@ -275,9 +216,8 @@ class _Build:
         args, kwargs = map_arg((node.args, node.kwargs), self.values.get)
         args = (*(kwargs[name] for name in kwargs if name == "input"), *args)
         kwargs = {name: value for name, value in kwargs.items() if name != "input"}
-        modules = [self.graph.get_submodule(node.target)] if node.op == "call_module" else []
         try:
-            return _row(self.graph, node)(self, *modules, *args, **kwargs)
+            return _row(self.graph, node)(self, *args, **kwargs)
         except ConversionError:
             raise
         except Exception as error:  # whatever Keras raises for arguments it does not know
@@ -288,12 +228,12 @@ class _Build:
 
     @property
     def shape(self):
-        made = self.observed[self.node]
+        made = self.node.meta["made"]
         return tuple(made.shape) if hasattr(made, "shape") else tuple(x.shape for x in made)
 
     @property
     def dtype(self):
-        return self.observed[self.node].dtype
+        return self.node.meta["made"].dtype
 
     def where(self):
         """Return a text that says which node this is."""
@@ -309,8 +249,7 @@ class _Build:
 
     def run(self, function, *args, suffix="", **kwargs):
         """Call an operation of Keras or a layer on tensors, and note it."""
-        leaves = keras.tree.flatten([args, kwargs])
-        given = {id(leaf): leaf for leaf in leaves if isinstance(leaf, keras.KerasTensor)}
+        given = {id(x): x for x in keras.tree.flatten([args, kwargs]) if is_tensor(x)}
         if not given:
             raise ConversionError(f"Expected an input in every step. Received: {self.where()}")
         results = function(*args, **kwargs)
@@ -319,10 +258,9 @@ class _Build:
             function = keras.Function(list(given.values()), outputs).operations[-1]
             function.name = self.name(suffix)
         self.nodes.setdefault(function.name, self.node.name)
-        self.calls.append((function.name, set(given), outputs))
         return results
 
-    def layer(self, make, x, weights=None, suffix="", **options):
+    def layer(self, make, x, weights=None, suffix="", given=None, **options):
         """Call a layer that stands for the current node or a part of it.
 
         Args:
@@ -331,15 +269,16 @@ class _Build:
             weights: {attribute: arguments of a `TorchWeight` after its path}, bias left out, of
                 the module that is called. A layer with weights is made at the first call.
             suffix: end of the name of a part.
+            given: dict of further arguments of the call.
             **options: of the layer.
         """
-        path = self.node.target
+        path, given = self.node.target, given or {}
         if weights is None:
             return self.run(make(name=self.name(suffix), **options), x)
         if path in self.layers:
-            return self.run(self.layers[path], x)
+            return self.run(self.layers[path], x, **given)
         layer = self.layers[path] = make(name=self.name(), **options)
-        results = self.run(layer, x)
+        results = self.run(layer, x, **given)
         module = self.graph.get_submodule(path)
         if isinstance(module, torch.nn.RNNBase):
             self.set_recurrent_bias(module, layer.cell.bias, weights["kernel"][3])
@@ -355,13 +294,13 @@ class _Build:
         if module.bias:
             order = TorchWeight("", "", (0,), blocks=blocks)
             pair = [order.to_keras(x.detach()) for x in (module.bias_ih_l0, module.bias_hh_l0)]
-            pair = np.stack([_array(each) for each in pair])
+            pair = torch.stack(pair)
             bias.assign(pair if len(bias.shape) == 2 else pair.sum(0))
 
     def bind(self, layer, attribute, variable, weight):
         """Note where a variable lives in the module, and give it the value from there."""
         value = getattr(self.graph.get_submodule(weight.path), weight.name)
-        variable.assign(_array(weight.to_keras(value.detach())))
+        variable.assign(weight.to_keras(value.detach()))
         self.weights[layer.name, attribute] = weight
 
     def parameter(self):
@@ -376,6 +315,7 @@ class _Build:
         return result
 
 
+@plain_transformers()
 def _compare(model, module, examples):
     """Raise unless the shadow's results are those of the module."""
     with torch.no_grad():
@@ -384,24 +324,20 @@ def _compare(model, module, examples):
     for one, other in zip(results, expected, strict=True):
         one, other = one.cpu().double(), other.cpu().double()
         largest = other.abs().max().item() or 1.0
-        difference = (one - other).abs().max().item()
+        same = one.shape == other.shape
+        difference = (one - other).abs().max().item() if same else torch.inf
         if not difference <= TOLERANCE * largest:
             raise ConversionError(
                 "Expected a module whose results its Keras counterpart repeats. No operation may "
-                "write into a tensor that is read again (`inplace=True`), none may be random in "
-                "evaluation, and attention masks are to be added, not boolean. Received: "
-                f"module={type(module).__name__}, whose results differ by {difference:.2g} where "
-                f"the largest number is {largest:.2g}"
+                "write into a tensor that is read again (`inplace=True`), and none may be random "
+                f"in evaluation. Received: module={type(module).__name__}, whose results differ by "
+                f"{difference:.2g} where the largest number is {largest:.2g}"
             )
 
 
-def _tensor_names(model, build):
+def _tensor_names(model, sources):
     """Return {name of an edge of the traced shadow: name of the fx node}."""
-    graph = trace(model)
-    known = dict(zip(graph.inputs, model.inputs, strict=True))
-    for node in graph.nodes:
-        given = {id(known[edge]) for edge in node.inputs}
-        outputs = next(c[2] for c in build.calls if c[:2] == (node.name, given))
-        known.update(zip(node.outputs, outputs, strict=True))
-    names = {edge.name: build.sources.get(id(tensor)) for edge, tensor in known.items()}
-    return {edge: name for edge, name in names.items() if name is not None}
+    record = recorded(model)
+    tensors = [*record.inputs, *(tensor for call in record.calls for tensor in call[-1])]
+    pairs = zip(trace(model).edges, tensors, strict=True)
+    return {edge.name: sources[id(x)] for edge, x in pairs if id(x) in sources}

@@ -53,7 +53,7 @@ def strip(module):
     insert_quantizers(
         plain, shadow, lambda node: fixed_quantizer(node) or FakeQuantize(node.op.quantizer)
     )
-    return plain.to(next(module.parameters()).device).eval()
+    return plain.to(shadow.device(module)).eval()
 
 
 def shrink(module):
@@ -92,7 +92,7 @@ def shrink(module):
         weights[name, attribute] = weight
     _set_fixed_shapes(plain, shadow, small)
     _require_calls(plain, shadow.examples)
-    twin = copy.deepcopy(plain).to(next(module.parameters()).device).train(module.training)
+    twin = copy.deepcopy(plain).to(shadow.device(module)).train(module.training)
     return dataclasses.replace(
         shadow, model=small, original=plain, weights=weights, hooks=[]
     ).attach(twin)
