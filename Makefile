@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PARALLEL ?= -n auto --maxprocesses 8
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: setup demo test test-jax test-torch test-all lint format bench bench-torch coverage docs clean
+.PHONY: setup demo test test-jax test-torch test-all lint format bench bench-torch coverage fuzz docs clean
 
 setup: $(STAMP)
 
@@ -58,6 +58,10 @@ bench-torch: setup
 coverage: setup
 	$(BIN)/python -m pip install --quiet -e '.[dev,bench,hub]'
 	$(BIN)/python benchmarks/sweep.py
+
+fuzz: setup
+	$(BIN)/python tests/fuzz.py configurations
+	$(BIN)/python tests/fuzz.py models
 
 docs: setup
 	$(BIN)/python -m pip install --quiet -e '.[dev,docs]'

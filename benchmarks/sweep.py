@@ -98,7 +98,7 @@ def measure(name):
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
         compressed.save(folder / "saved.keras")
-        loaded = keras.models.load_model(folder / "saved.keras", safe_mode=False)
+        loaded = keras.models.load_model(folder / "saved.keras")
         row["save"] = difference(trained, outputs(loaded, data))
         stripped = kc.strip(compressed)
         row["strip"] = difference(trained, outputs(stripped, data))

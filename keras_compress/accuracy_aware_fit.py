@@ -22,6 +22,7 @@ from keras_compress.metrics import check_mode, lower_is_better
 from keras_compress.options import ConfigError
 from keras_compress.training.accuracy_result import AccuracyAwareResult, epoch_table
 from keras_compress.training.checkpoints import WEIGHTS, Checkpoints, fingerprint
+from keras_compress.training.compiled import built_optimizer
 from keras_compress.training.learning_rate import LearningRate
 from keras_compress.training.one_training import OneTraining, judged, steps_in_epoch
 
@@ -116,8 +117,7 @@ class _Loop:
         self.algorithm = _algorithm_with_rate(model)
         if self.adaptive:
             self.algorithm.rate(model)  # raises where widths cannot move
-        model.optimizer.build(model.trainable_variables)
-        self.learning_rate = LearningRate(model.optimizer)
+        self.learning_rate = LearningRate(built_optimizer(model))
         self.checkpoints = Checkpoints(folder, self._identity(baseline))
         record = self.checkpoints.record or {}
         value = record.get("baseline")

@@ -7,16 +7,23 @@ import keras
 
 from keras_compress.compressed_model import quantizers_of
 from keras_compress.metrics import check_mode, lower_is_better
+from keras_compress.replicas import has_several_replicas
 from keras_compress.shrink import shrink_in_place
 from keras_compress.statistics import figures, histograms
 from keras_compress.stepping import Stepper, algorithms_of
+from keras_compress.training.backup import Backup
+from keras_compress.training.compiled import batches_done, batches_per_update
+
+__all__ = ["Backup", "Compress", "ExportIR", "Statistics"]
 
 
 class Compress(keras.callbacks.Callback):
     """Moves every algorithm of a compressed model along with the optimizer's step.
 
     It reads its configuration from the model. The clock is `optimizer.iterations`, which survives
-    saving and resuming; epochs are counted by it too, where the number of steps in one is known.
+    saving and resuming. Epochs are counted by the batches that the optimizer has taken up, where
+    the number of batches in one is known: that is the same clock, but for
+    `gradient_accumulation_steps`, with which an update takes several batches.
 
     While an algorithm still reads the first training batches (activation ranges of a model that
     was compressed without `data`), training runs eagerly; the compiled step takes over afterwards.
@@ -28,7 +35,9 @@ class Compress(keras.callbacks.Callback):
             must not outlive that moment.
 
     Raises:
-        ValueError: if the model is not a compressed one.
+        ValueError: if the model is not a compressed one; on TensorFlow, if its optimizer averages
+            weights (`use_ema`) and filters are scored by `taylor`; with `shrink`, if several
+            replicas of `tf.distribute` train it.
     """
 
     def __init__(self, shrink=False):
@@ -38,11 +47,14 @@ class Compress(keras.callbacks.Callback):
     def set_model(self, model):
         super().set_model(model)
         self._stepper = Stepper(model)
+        _require_averages(model)
+        if self.shrink:
+            _require_one_replica(model)
         self._paused = []
         self._training = False
         self._epoch = 0
-        self._next_epoch_at = None  # batch of this epoch, where it is not the end
-        self._steps = None  # optimizer's steps in an epoch, once that is known
+        self._next_epoch_at = math.inf  # batch of this epoch of `fit`
+        self._length = None  # batches in an epoch, once that is known
         # Before `fit` makes its training step: what observes must be in it from the first batch.
         self._update(model)
 
@@ -51,24 +63,26 @@ class Compress(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None):
         self._epoch = epoch
-        self._first_step = self._done(self.model)
-        # Resumed in the midst of an epoch, the next one by the optimizer's clock begins at a batch
-        # of this one. Else no batch has to read the clock, which stalls the device.
-        length = self._epoch_length()
-        passed = self._first_step % length if length else 0
-        self._next_epoch_at = length - passed if passed else None
-        self._begin_epoch(self.model)
+        self._first_batch = self._batches_done(self.model)
+        self._group = self._last_group = 0
+        self._next_epoch_at = self._begin_epoch(self.model)
 
     def on_epoch_end(self, epoch, logs=None):
-        if self._steps is None:
-            self._steps = max(self._done(self.model) - self._first_step, 1)
+        if self._length is None:
+            # The clock leaves out batches that loss scaling threw away. With `steps_per_execution`,
+            # the first batch of the last group is all that is known of its place.
+            counted = self._batches_done(self.model) - self._first_batch
+            self._length = max(counted, self._last_group + 1)
 
     def on_train_batch_begin(self, batch, logs=None):
-        if self._next_epoch_at is not None and batch >= self._next_epoch_at:
-            self._next_epoch_at = None
-            self._begin_epoch(self.model)
+        self._group = batch
+        # Elsewhere no batch has to read the clock, which stalls the device. The batch behind the
+        # last, which Keras may begin without having one, is not one: on JAX, changes get lost then.
+        if self._next_epoch_at <= batch < self._epoch_length():
+            self._next_epoch_at = batch + self._begin_epoch(self.model)
 
     def on_train_batch_end(self, batch, logs=None):
+        self._last_group = self._group  # Keras also begins the one that the data do not have
         if self._stepper.moving:
             self._update(self.model)
 
@@ -94,22 +108,53 @@ class Compress(keras.callbacks.Callback):
     on_predict_end = on_test_end
 
     def _update(self, model):
-        self._stepper.update(model, self._done(model), self._epoch_length())
+        length, each = self._epoch_length(), batches_per_update(model.optimizer)
+        step = self._batches_done(model) // each
+        self._stepper.update(model, step, length and length / each)
 
-    def _done(self, model):
-        return int(keras.ops.convert_to_numpy(model.optimizer.iterations))
+    def _batches_done(self, model):
+        return batches_done(model.optimizer)
 
     def _epoch_length(self):
-        """Return the number of steps in an epoch, None until it is known."""
-        return (self.params or {}).get("steps") or self._steps
+        """Return the number of batches in an epoch, None until it is known."""
+        return (self.params or {}).get("steps") or self._length
 
     def _begin_epoch(self, model):
-        """Tell every algorithm of a new epoch, counted by the optimizer's steps where possible."""
-        length = self._epoch_length()
-        epoch = self._done(model) // length if length else self._epoch
+        """Tell every algorithm of a new epoch, counted by the optimizer's clock where possible.
+
+        Returns:
+            In how many batches the next one begins. Behind the end of this epoch of `fit`, unless
+            training was resumed in the midst of one, or loss scaling has thrown batches away.
+        """
+        length, done = self._epoch_length(), self._batches_done(model)
+        epoch = done // length if length else self._epoch
         begun = self._stepper.begin_epoch(model, epoch)
         if begun and self.shrink and all(a.masks_are_final(model) for a in algorithms_of(model)):
             shrink_in_place(model)
+        return length - done % length if length else math.inf
+
+
+def _require_averages(model):
+    """Raise where Keras would fail at the end of `fit`: it has no average of overwritten scores."""
+    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+    overwritten = any(getattr(v, "overwrite_with_gradient", False) for v in model.variables)
+    if keras.backend.backend() == "tensorflow" and overwritten and optimizer.use_ema:
+        raise ValueError(
+            f"Expected an optimizer without `use_ema` for model '{model.name}', whose filters are "
+            "scored by `taylor`: Keras on TensorFlow cannot put averages in the place of weights "
+            "then. Received: use_ema=True. Choose another `filter_importance`, such as 'L2'."
+        )
+
+
+def _require_one_replica(model):
+    """Raise where a training step of several replicas would have to change while `fit` runs."""
+    if has_several_replicas(model):
+        raise ValueError(
+            "Expected `shrink=False` under `tf.distribute` with several replicas, whose training "
+            "step cannot be replaced while `fit` runs. Received: shrink=True for model "
+            f"'{model.name}'. Between two calls of `fit`, write `small, optimizer = "
+            "keras_compress.shrink(model, optimizer=model.optimizer)` and compile `small`."
+        )
 
 
 class ExportIR(keras.callbacks.Callback):

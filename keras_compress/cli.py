@@ -3,8 +3,10 @@
 What a command needs is imported inside it.
 """
 
+import importlib
 import os
 import pathlib
+import sys
 import zipfile
 from typing import Annotated
 
@@ -45,6 +47,16 @@ ModelFile = Annotated[
     pathlib.Path, typer.Argument(metavar="MODEL", help="A `.keras` file.", show_default=False)
 ]
 
+Imports = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--import",
+        metavar="MODULE",
+        help="Module to import first, for layer classes of your own: its code runs. Repeatable.",
+        show_default=False,
+    ),
+]
+
 
 @app.command()
 def plan(
@@ -57,13 +69,14 @@ def plan(
         pathlib.Path | None,
         typer.Option(help="Figure to draw: size against predicted loss of the best widths."),
     ] = None,
+    imports: Imports = None,
 ):
     """Say what a configuration would do with a model, without doing it.
 
     Example: `keras-compress plan float.keras config.json`
     """
     _must_exist(config, "a configuration file")
-    loaded = _loaded(model)
+    loaded = _loaded(model, imports)
     import keras_compress as kc
 
     decided = kc.plan(loaded, config)
@@ -82,12 +95,13 @@ def export(
     verify: Annotated[
         bool, typer.Option(help="Whether to compare the result with the model on this CPU.")
     ] = True,
+    imports: Imports = None,
 ):
     """Write a trained model for deployment, and compare it with the model.
 
     Example: `keras-compress export int8.keras int8.xml`
     """
-    loaded = _loaded(model)
+    loaded = _loaded(model, imports)
     import keras_compress as kc
 
     with _working(f"exporting to {out}"):
@@ -109,6 +123,7 @@ def report(
     latency: Annotated[
         bool, typer.Option("--latency", help="Measure the exported models on this machine.")
     ] = False,
+    imports: Imports = None,
 ):
     """Show parameters, FLOPs, bits and bytes of every layer, on request as a page.
 
@@ -120,7 +135,7 @@ def report(
         checked_page_path(html)
     if original is not None:
         _must_exist(original, "a `.keras` file")
-    loaded = _loaded(model)
+    loaded = _loaded(model, imports)
     reference = None if original is None else _loaded(original)
     import keras_compress as kc
 
@@ -181,7 +196,26 @@ def _must_exist(path, what):
         raise FileNotFoundError(f"Expected {what}. Received: '{path}', which does not exist.")
 
 
-def _loaded(path):
+def _import(names):
+    """Import modules of the user's, from the working directory too: they register classes."""
+    for name in names or ():
+        if name.endswith(".py") or not all(part.isidentifier() for part in name.split(".")):
+            raise ValueError(
+                "Expected the name of a module, such as `my_layers` for `my_layers.py`. Received: "
+                f"--import {name}"
+            )
+        if os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # whatever the module does
+            raise ImportError(
+                "Expected a module that can be imported, from the working directory or an "
+                f"installed package. Received: --import {name}, {type(error).__name__}: {error}"
+            ) from error
+
+
+def _loaded(path, imports=None):
     """Load a Keras model in safe mode and without its training configuration."""
     _must_exist(path, "a `.keras` file")
     with _working(f"loading {path}"):
@@ -189,6 +223,7 @@ def _loaded(path):
 
         import keras_compress  # noqa: F401 - registers the compressed layers
 
+        _import(imports)
         return keras.models.load_model(path, compile=False, safe_mode=True)
 
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import Progress, track
 
 from keras_compress.algorithms import Algorithm
+from keras_compress.compressed_layer import layer_spec
 from keras_compress.compressed_model import compressed_by
 from keras_compress.config import Config
 from keras_compress.data import input_batches
@@ -16,6 +17,12 @@ from keras_compress.graph.trace import trace
 from keras_compress.layers import PACKAGE, CompressedLayer, FakeQuantize
 from keras_compress.options import ConfigError
 from keras_compress.plan import Plan
+from keras_compress.replicas import (
+    is_one_of_many_workers,
+    of_all_workers,
+    scope_of,
+    take_weights_of_first_worker,
+)
 from keras_compress.training.batch_norm import adapt_to_batches
 from keras_compress.training.latency import find_latency_level
 from keras_compress.training.legr import RankingSearch
@@ -60,11 +67,12 @@ def compress_model(model, config, data=None, verbose=True):
         data: samples to calibrate activation ranges and adapt batch-norm statistics with:
             `tf.data.Dataset`, `keras.utils.PyDataset`, NumPy arrays or a generator of batches,
             labelled or not. None: activation ranges come from the first training batches. A
-            learned ranking (LeGR) needs labels, and a `model` that is compiled.
+            learned ranking (LeGR) needs labels, and a `model` that is compiled. Where several
+            workers train together, batches are joined from those of each.
         verbose: whether long work shows a progress bar.
 
     Returns:
-        An uncompiled `CompressedModel`.
+        An uncompiled `CompressedModel`, on the devices of `model`.
 
     Raises:
         TypeError, ValueError: not a Keras model, unbuilt, already compressed, bad configuration or
@@ -72,12 +80,19 @@ def compress_model(model, config, data=None, verbose=True):
     """
     config = _loaded(config)
     graph = _checked_graph(model)
+    with scope_of(model):
+        return _compressed(model, graph, config, data, verbose)
+
+
+def _compressed(model, graph, config, data, verbose):
+    _require_one_answer(config, graph, model, data)
     found = _find_widths(config, graph, model, data, verbose)
     asked, config = config, found.config
     decided = _with_widths(_plan(graph, config, with_data=data is not None), asked, found)
     search = RankingSearch.of(config, model, data, graph.inputs)
-    batches = None if data is None else _read(data, graph, config)
+    batches = None if data is None else of_all_workers(_read(data, graph, config))
     compressed = compressed_by(graph, decided, config)
+    take_weights_of_first_worker(compressed)
     if any(algorithm.needs_teacher for algorithm in config.algorithms):
         compressed.set_teacher(graph)
     for status in decided.keys:
@@ -88,6 +103,24 @@ def compress_model(model, config, data=None, verbose=True):
     _find_level(compressed, model, config, verbose)
     _prepare(compressed, config, batches, verbose)
     return compressed
+
+
+def _require_one_answer(config, graph, model, data):
+    """Raise where each of several workers would search by itself, and find something else."""
+    if not is_one_of_many_workers():
+        return
+    searched = [algorithm.name for algorithm in config.algorithms if algorithm.has_latency_target]
+    if PrecisionSearch.of(config, graph, model, data) is not None:
+        searched.append("initializer.precision")
+    if RankingSearch.of(config, model, data, graph.inputs) is not None:
+        searched.append("interlayer_ranking_type")
+    if searched:
+        raise ValueError(
+            "Expected a configuration without a search under MultiWorkerMirroredStrategy, where "
+            "every worker would search by itself and end with a model of its own. "
+            f"Received: a search for {', '.join(searched)}. Compress the model in one process, "
+            "save it, and call `keras.models.load_model` in every worker's `strategy.scope()`."
+        )
 
 
 def _find_widths(config, graph, model, data, verbose):
@@ -129,13 +162,27 @@ def _checked_graph(model):
                 f"whose layer '{node.name}' is a {type(node.op).__name__}. Compress the float "
                 "model, or what `keras_compress.strip(model, like=original)` gives back."
             )
+        spec = layer_spec(node.op)
+        for weight in spec.names if spec is not None else ():
+            value = spec.read(node.op, weight)
+            if value is not None and 0 in value.shape:
+                raise ValueError(
+                    "Expected layers whose weights hold numbers. Received: layer "
+                    f"'{node.name}', whose '{weight}' has the shape {tuple(value.shape)}: its "
+                    "input is empty. Leave the layer out."
+                )
     return graph
 
 
 def _plan(graph, config, with_data=False):
     decided = Plan(graph.name, keys=config.key_report())
     for algorithm in _in_order(config):
-        decided = decided.merge(algorithm.plan(graph, config, with_data=with_data))
+        try:
+            found = algorithm.plan(graph, config, with_data=with_data)
+        except ConfigError as error:
+            place = ("compression", config.algorithms.index(algorithm))
+            raise ConfigError(error.below(*place)) from None
+        decided = decided.merge(found)
     return decided
 
 

@@ -20,6 +20,7 @@ from keras.src.backend.common.stateless_scope import get_stateless_scope, in_sta
 from keras_compress.layer_specs import LAYERS, supported_class
 from keras_compress.quantizers import Quantizer
 from keras_compress.ranges import Observer
+from keras_compress.replicas import laid_out_like
 from keras_compress.transforms import Transform
 
 PACKAGE = "keras_compress"
@@ -34,6 +35,18 @@ def layer_spec(layer):
     if isinstance(layer, CompressedLayer):
         return LAYERS[layer.keras_class]
     return LAYERS.get(supported_class(type(layer)))
+
+
+def require_finite(layer, weight, values):
+    """Raise a ValueError where values that belong to a weight of a layer are NaN or infinite."""
+    strange = values.size - np.count_nonzero(np.isfinite(values))
+    if strange:
+        raise ValueError(
+            f"Expected finite numbers. Received: {strange} of the {values.size} values of "
+            f"'{weight}' of layer '{layer.name}' are NaN or infinite, as after a training that "
+            "diverged. Take an earlier state of the model, and train with a lower learning rate "
+            "or clipped gradients."
+        )
 
 
 def is_weighted(layer):
@@ -209,7 +222,8 @@ class CompressedLayer:
                 )
             for transform in self.transforms_of(weight):
                 if not transform.built:
-                    transform.build(tuple(self.raw_weight(weight).shape))
+                    with laid_out_like(self.raw_weight(weight)):
+                        transform.build(tuple(self.raw_weight(weight).shape))
         self._initialize_missing_ranges()
 
     def _initialize_missing_ranges(self):

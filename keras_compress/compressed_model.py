@@ -1,8 +1,11 @@
 """The compressed model, and the way back from it to a plain one."""
 
 import inspect
+import json
+import math
 
 import keras
+import numpy as np
 
 from keras_compress.algorithms.base import Algorithm
 from keras_compress.algorithms.pruning_plan import MaskedGraph
@@ -20,9 +23,14 @@ from keras_compress.layers import (
 )
 from keras_compress.masks import ChannelMask
 from keras_compress.quantizers import Quantizer
+from keras_compress.replicas import is_one_of_many_workers, scope_of, share_of
 from keras_compress.teacher import Observed, Teacher
 from keras_compress.transforms import Transform
+from keras_compress.whole_files import replacing_if_local
 
+FACTS, SEED = "facts", "seed_{}"  # names in a file of weights
+# What quantizers hold beside variables, and what changes with their range or width.
+ATTRIBUTES = ("calibrated", "signed", "bits", "narrow_range", "half_range", "gradient_scale")
 STATISTICS = (
     keras.layers.LayerNormalization,
     keras.layers.GroupNormalization,
@@ -57,7 +65,8 @@ class CompressedModel(keras.Model):
     @property
     def config(self):
         """The `Config` the model was compressed with."""
-        return Config.load(self._compression.get("config", {}))
+        # Not `load`: what a file of a model says here is never the path of another file.
+        return Config.build(self._compression.get("config", {}))
 
     @property
     def plan(self):
@@ -81,7 +90,7 @@ class CompressedModel(keras.Model):
         for algorithm in self._algorithms_with_loss if training else ():
             added = algorithm.loss(self, x, y_pred)
             if added is not None:
-                loss = loss + added
+                loss = loss + share_of(added)
         return loss
 
     def graph(self):
@@ -169,11 +178,31 @@ class CompressedModel(keras.Model):
         """The arguments that `compile` was called with, {name: value}."""
         return self._given_to_compile()
 
+    def get_compile_config(self):
+        """Return what the model was compiled with, for a file that every backend reads."""
+        return _with_public_optimizers(super().get_compile_config())
+
     def compile_from_config(self, config):
         """Compile as the saved model was; Keras asks for this wherever `compile` is overridden."""
         self.compile(**keras.saving.deserialize_keras_object(config))
         if self.optimizer is not None and self.built:
             self.optimizer.build(self.trainable_variables)
+
+    def fit(self, *args, **kwargs):
+        """Train as Keras does, with the callback `Compress`.
+
+        Raises:
+            ValueError: under `tf.distribute.MultiWorkerMirroredStrategy`, where Keras' `fit` fails.
+        """
+        with scope_of(self):
+            if is_one_of_many_workers():
+                raise ValueError(
+                    "Expected a training loop of your own under MultiWorkerMirroredStrategy: "
+                    "`fit` of Keras 3 does not run there, with any model. "
+                    f"Received: `fit` of model '{self.name}'. Call `keras_compress.step` before "
+                    "every step, as in `examples/distributed.py`."
+                )
+        return super().fit(*args, **kwargs)
 
     def make_train_function(self, force=False):
         """Make the training step, unless the model lacks the callback it needs."""
@@ -181,6 +210,48 @@ class CompressedModel(keras.Model):
             require_ready(self)
         self._require_teacher()
         return super().make_train_function(force=force)
+
+    def save(self, filepath, overwrite=True, zipped=None, **kwargs):
+        """Save as Keras does. What stood there before stays until the new file is whole."""
+        with replacing_if_local(filepath, overwrite) as path:
+            super().save(path, overwrite=overwrite, zipped=zipped, **kwargs)
+
+    def save_weights(self, filepath, overwrite=True, max_shard_size=None):
+        """Save as Keras does. A single file appears whole or not at all; shards do not."""
+        if max_shard_size is not None:
+            super().save_weights(filepath, overwrite, max_shard_size)
+            return
+        with replacing_if_local(filepath, overwrite, _size(self)) as path:
+            super().save_weights(path, overwrite)
+
+    def save_own_variables(self, store):
+        """Keep what is no weight in files of weights too: `facts_of`, seeds of random layers."""
+        store[FACTS] = np.frombuffer(json.dumps(facts_of(self)).encode(), "uint8")
+        for index, seed in enumerate(_seeds(self)):
+            store[SEED.format(index)] = keras.ops.convert_to_numpy(seed)
+
+    def load_own_variables(self, store):
+        """Take up what `save_own_variables` kept; files of earlier versions hold nothing.
+
+        Raises:
+            ValueError: the file is of another model.
+        """
+        if FACTS not in store.keys():  # noqa: SIM118 (Keras' stores are no mappings)
+            return
+        changed = set_facts(self, json.loads(np.asarray(store[FACTS]).tobytes()))
+        for index, seed in enumerate(_seeds(self)):
+            if SEED.format(index) in store.keys():  # noqa: SIM118
+                seed.assign(np.asarray(store[SEED.format(index)]))
+        if changed:
+            self._forget_what_was_compiled_before()
+
+    def _forget_what_was_compiled_before(self):
+        """Drop compiled functions; within `fit`, which holds one, make it anew."""
+        self.forget_inference()
+        trains = self.train_function is not None
+        self.train_function = None
+        if trains and all(q.calibrated or q.observer is not None for q in self.quantizers()):
+            self.make_train_function(force=True)
 
     def forget_inference(self):
         """Drop the compiled functions of `evaluate` and `predict`, which are then traced anew."""
@@ -201,6 +272,22 @@ class CompressedModel(keras.Model):
 
     def get_config(self):
         return super().get_config() | {"compression": self._compression}
+
+
+def _with_public_optimizers(config):
+    """Name Keras' optimizers by their public module, however deep they are in a configuration.
+
+    On torch Keras serializes the subclasses for torch that it makes of them, which fail elsewhere.
+    """
+    if isinstance(config, (list, tuple)):
+        return [_with_public_optimizers(each) for each in config]
+    if not isinstance(config, dict):
+        return config
+    config = {key: _with_public_optimizers(value) for key, value in config.items()}
+    optimizer = getattr(keras.optimizers, str(config.get("class_name")), None)
+    if optimizer is not None and str(config.get("module")).partition(".")[0] == "keras":
+        config |= {"module": "keras.optimizers", "registered_name": None}
+    return config
 
 
 def compressed_by(graph, decided, config):
@@ -327,6 +414,70 @@ def transforms_of(model):
 def quantizers_of(model):
     """Return every `Quantizer` inside a model, each once."""
     return [transform for transform in transforms_of(model) if isinstance(transform, Quantizer)]
+
+
+def facts_of(model):
+    """Return what a compressed model holds beside variables, as JSON-able data."""
+    return json_copy(
+        {
+            "progress": model.progress,
+            "quantizers": [_attributes(quantizer) for quantizer in quantizers_of(model)],
+            "config": model.config.to_dict(),
+            "plan": model.plan,
+        }
+    )
+
+
+def set_facts(model, facts):
+    """Give a compressed model what `facts_of` returned.
+
+    Returns:
+        Whether compiled functions have to be made anew.
+
+    Raises:
+        ValueError: it has another number of quantizers. Nothing has been changed then.
+    """
+    quantizers = quantizers_of(model)
+    if len(quantizers) != len(facts["quantizers"]):
+        raise ValueError(
+            f"Expected the state of a model with {len(quantizers)} quantizers, as '{model.name}' "
+            f"has. Received: that of one with {len(facts['quantizers'])}. Compress with the "
+            "configuration that the file was saved with."
+        )
+    before = [_attributes(quantizer) for quantizer in quantizers]
+    for quantizer, attributes in zip(quantizers, facts["quantizers"], strict=True):
+        for name in _attributes(quantizer):
+            setattr(quantizer, name, attributes[name])
+        if quantizer.calibrated:
+            quantizer.observer = None
+    model.progress.clear()
+    model.progress.update(json_copy(facts["progress"]))
+    if [each["bits"] for each in before] != [each["bits"] for each in facts["quantizers"]]:
+        held = model.get_config()["compression"]  # widths are in both
+        held.update(json_copy({part: facts[part] for part in ("config", "plan")}))
+    return before != [_attributes(quantizer) for quantizer in quantizers]
+
+
+def json_copy(data):
+    """Return a copy in lists, dictionaries and numbers of Python's own, as JSON gives it back."""
+    return json.loads(json.dumps(data, default=float))
+
+
+def _attributes(quantizer):
+    return {name: getattr(quantizer, name) for name in ATTRIBUTES if hasattr(quantizer, name)}
+
+
+def _size(model):
+    """Return the bytes that a file of a model's weights and its optimizer's state has at least."""
+    optimizer = getattr(model, "optimizer", None)
+    variables = [*model.weights, *(optimizer.variables if optimizer is not None else ())]
+    return sum(4 * math.prod(each.shape) for each in variables if each.dtype == "float32")
+
+
+def _seeds(model):
+    """Return the variables that are neither weights nor metrics: seeds of random layers."""
+    others = {id(variable) for variable in (*model.weights, *model.metrics_variables)}
+    return [variable for variable in model.variables if id(variable) not in others]
 
 
 def require_ready(model):

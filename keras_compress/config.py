@@ -4,6 +4,7 @@
 """
 
 import difflib
+import json
 import os
 import pathlib
 import re
@@ -12,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 import json5
 import pydantic
+import pydantic_core
 from pydantic.json_schema import models_json_schema
 
 from keras_compress.accuracy_aware import AccuracyAwareTraining
@@ -212,10 +214,19 @@ class Config(Options):
     def _check_together(self):
         if "algorithms" in self.model_extra:
             raise ConfigError("expected either `algorithms` or `compression`. Received: both.")
-        problems = [*self._misspelt(), *self._repeated(), *self._not_adjustable()]
+        problems = [*self._not_data(), *self._misspelt(), *self._repeated()]
+        problems += self._not_adjustable()
         if problems:
             raise ConfigError(problems)
         return self
+
+    def _not_data(self) -> Iterator[Problem]:
+        """Yields what a saved model could not hold, of the keys that others may read."""
+        for name, value in (("bootstrapNAS", self.bootstrapNAS), *self.model_extra.items()):
+            try:
+                json.dumps(pydantic_core.to_jsonable_python(value))
+            except (ValueError, TypeError, RecursionError):
+                yield Problem((name,), f"expected data as JSON has it. {received(name, value)}")
 
     def _misspelt(self) -> Iterator[Problem]:
         fields = type(self).model_fields
@@ -254,14 +265,15 @@ def _read(path: pathlib.Path) -> Any:
     """Reads a JSON file that may have comments."""
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8; a path with a null character
+        reason = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"Expected the path of a JSON file that can be read: {error.strerror}. "
+            f"Expected the path of a JSON file that can be read: {reason}. "
             + received("source", str(path))
         ) from None
     try:
         content = json5.loads(text, allow_duplicate_keys=False)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: expected JSON (comments allowed). {_where(error)}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected an object. {received('content', content)}")

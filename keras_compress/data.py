@@ -27,6 +27,8 @@ def input_batches(data, inputs, samples, batch_size=32):
     for index, batch in enumerate(_batches(data, batch_size)):
         arrays = _inputs_of(batch, inputs)
         _check(arrays, inputs, index)
+        if len(arrays[0]) == 0:  # a last batch may be, and few operations compute with none
+            continue
         yield arrays
         seen += arrays[0].shape[0]
         if seen >= samples:
@@ -65,6 +67,8 @@ def labelled_batches(data, inputs, limit, batch_size=32, samples=None):
             )
         arrays = _inputs_of(batch, inputs)
         _check(arrays, inputs, index)
+        if len(arrays[0]) == 0:
+            continue
         _, targets, weights = keras.utils.unpack_x_y_sample_weight(batch)
         targets, weights = keras.tree.map_structure(
             lambda leaf: None if leaf is None else keras.ops.convert_to_numpy(leaf),

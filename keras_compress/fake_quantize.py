@@ -31,6 +31,8 @@ from typing import NamedTuple
 import keras
 from keras import ops
 
+from keras_compress.replicas import observed_by_worker
+
 EPSILON = 1e-16  # keeps a trained scale or range of exactly zero from dividing by zero
 
 
@@ -415,8 +417,14 @@ class _TensorFlowGrid:
 
 
 def observe(x, update):
-    """Hand a tensor to a Python function as a NumPy array, whenever the computation runs."""
+    """Hand a tensor to a Python function as a NumPy array, whenever the computation runs.
+
+    Where several processes train together, that of each is handed the samples of all.
+    """
     backend = keras.backend.backend()
+    x = observed_by_worker(x)
+    if x is None:
+        return
     if backend == "jax":
         import jax
 

@@ -214,7 +214,10 @@ def exclude_from_weight_decay(optimizer, variables):
 class FakeQuantize(keras.layers.Layer):
     """Rounds a tensor to the grid of its quantizer: the activation quantizer on a graph edge.
 
-    Shape: any, the same out as in. The arithmetic runs in float32 under every dtype policy.
+    Shape: any, the same out as in, and the same dtype. The arithmetic runs in float32 under every
+    dtype policy, on the tensor as it comes: a float32 input of a model with a mixed policy is
+    rounded once, to the grid that its export has.
+
     Called on several tensors (a shared layer), it gives all of them one scale.
 
     Args:
@@ -222,7 +225,7 @@ class FakeQuantize(keras.layers.Layer):
     """
 
     def __init__(self, quantizer=None, **kwargs):
-        super().__init__(**kwargs)
+        super().__init__(autocast=False, **kwargs)
         self.quantizer = SymmetricQuantizer() if quantizer is None else revived(quantizer)
         self.supports_masking = True
 
@@ -235,7 +238,7 @@ class FakeQuantize(keras.layers.Layer):
         return keras.ops.cast(outputs, inputs.dtype)
 
     def compute_output_spec(self, inputs, training=None):
-        return keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
+        return keras.KerasTensor(inputs.shape, dtype=inputs.dtype)
 
     def get_config(self):
         quantizer = serialized(self.quantizer)

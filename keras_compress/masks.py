@@ -3,6 +3,7 @@
 import numpy as np
 from keras import ops
 
+from keras_compress.replicas import total
 from keras_compress.transforms import Transform
 
 
@@ -112,7 +113,8 @@ class TaylorMask(ChannelMask):
 
         score += (sum over the other axes of g * x)^2
 
-    which is the squared change of the loss, to first order, that switching off the channel makes.
+    which is the squared change of the loss, to first order, that switching off the channel makes;
+    g is the gradient of the whole batch, also where replicas share it.
     `score` is a trainable variable that optimizers overwrite with its "gradient", score plus that
     square: no learning rate, clipping or weight decay has part in it. Where losses are scaled
     (`LossScaleOptimizer`, float16), so is the sum. Over gradient accumulation steps, the largest
@@ -161,7 +163,7 @@ class TaylorMask(ChannelMask):
                 g = args[0] if upstream is None else upstream
                 products = g * x
                 # Without the condition, torch would sum over every axis of a vector.
-                change = ops.sum(products, axis=others) if others else products
+                change = total(ops.sum(products, axis=others) if others else products)
                 return g * factor, score / self.calls + ops.square(change)
 
             return x * factor, backward

@@ -7,8 +7,8 @@ and `to_dict` gives back exactly the keys that were written.
 
 import dataclasses
 import difflib
-import math
 import pathlib
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -16,6 +16,8 @@ import pydantic
 
 Path = tuple[str | int, ...]
 Status = Literal["honoured", "approximated", "refused", "ignored"]
+
+DEEPEST = 100  # levels; no option lies as deep
 
 Flag = pydantic.StrictBool
 Text = pydantic.StrictStr
@@ -95,16 +97,25 @@ def dotted(path: Path) -> str:
     return text
 
 
-def nearest(name: str, valid: Iterable[str]) -> str:
-    """Returns `" Did you mean 'x'?"` for the valid names closest to `name`, or an empty text."""
-    close = difflib.get_close_matches(str(name), list(valid), n=3, cutoff=0.6)
+def nearest(name: Any, valid: Iterable[str]) -> str:
+    """Returns `" Did you mean 'x'?"` for the valid names closest to a text, or nothing."""
+    written = name if isinstance(name, str) else ""
+    close = difflib.get_close_matches(written, list(valid), n=3, cutoff=0.6)
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
 def received(name: str | int, value: Any) -> str:
     """Returns `"Received: name=value"`, with a long value cut short."""
-    text = repr(value)
-    return f"Received: {name}={text if len(text) <= 80 else text[:77] + '...'}"
+    return f"Received: {name}={shown(value)}"
+
+
+def shown(value: Any) -> str:
+    """Returns a value as Python writes it, cut short where it is long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of too many digits; too many levels
+        return f"<{type(value).__name__}, too large to be shown>"
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def option(
@@ -141,7 +152,7 @@ def integer(low: int | None = None, high: int | None = None) -> Any:
     expected = f"expected an integer{_bounds(low, high)}."
 
     def check(value):
-        whole = _is_number(value) and float(value).is_integer()
+        whole = _is_number(value) and value == int(value)
         if not whole or not _within(value, low, high):
             raise ValueError(expected)
         return int(value)
@@ -199,9 +210,9 @@ class Options(pydantic.BaseModel):
         frozen=True, extra="forbid", populate_by_name=True, allow_inf_nan=False
     )
 
-    def __init__(self, **values: Any):
+    def __init__(self, /, **values: Any):
         try:
-            super().__init__(**values)
+            super().__init__(**_with_text_keys(values))
         except pydantic.ValidationError as error:
             problems = [p for item in error.errors() for p in _problems(type(self), item)]
             raise ConfigError(problems) from None
@@ -213,7 +224,7 @@ class Options(pydantic.BaseModel):
             return value
         if not isinstance(value, Mapping):
             raise ConfigError(f"expected an object. {received('value', value)}")
-        return cls(**{str(key): item for key, item in value.items()})
+        return cls(**_with_text_keys(value))
 
     @property
     def written(self) -> bool:
@@ -235,6 +246,22 @@ class Options(pydantic.BaseModel):
             if name in self.model_fields_set:
                 below = (*path, field.alias or name)
                 yield from _statuses(field, getattr(self, name), below, parent)
+
+
+def _with_text_keys(value: Any, path: Path = ()) -> Any:
+    """Returns the same with texts for keys: a dictionary of Python may have others."""
+    if len(path) == DEEPEST:
+        return value
+    if isinstance(value, Mapping):
+        items = [(str(key), item) for key, item in value.items()]
+        for key, _ in items:
+            if any(0xD800 <= ord(letter) < 0xE000 for letter in key):
+                text = f"expected a key of Unicode text. {received('key', key)}"
+                raise ConfigError([Problem((*path, key), text)])
+        return {key: _with_text_keys(item, (*path, key)) for key, item in items}
+    if type(value) in (list, tuple):
+        return type(value)(_with_text_keys(v, (*path, i)) for i, v in enumerate(value))
+    return value
 
 
 def _statuses(field, value, path, parent):
@@ -314,7 +341,8 @@ def check_file_path(path: Any, key: str) -> None:
 
 def _is_number(value) -> bool:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and math.isfinite(value)
+    # An integer may be too large for a float.
+    return is_number and abs(value) <= sys.float_info.max
 
 
 def _within(value, low, high) -> bool:

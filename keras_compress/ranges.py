@@ -213,6 +213,7 @@ class Observer:
         axis: None, or the tuple of negative axes that keep a range of their own.
         min_percentile, max_percentile: percentiles in [0, 100].
         grid: the `Grid` of the quantizer, which `"mse"` fits. None: 8 bits around zero.
+        name: what is watched, for messages.
 
     Attributes:
         samples: how many samples it has seen.
@@ -232,6 +233,7 @@ class Observer:
         min_percentile=0.1,
         max_percentile=99.9,
         grid=None,
+        name=None,
     ):
         if kind not in ESTIMATORS:
             raise ValueError(f"Expected one of {sorted(ESTIMATORS)}. Received: kind={kind!r}")
@@ -241,6 +243,7 @@ class Observer:
                 f"min_percentile={min_percentile}, max_percentile={max_percentile}"
             )
         self.axis = axis
+        self.name = name
         self.estimator = ESTIMATORS[kind](min_percentile, max_percentile, grid or Grid())
         self.samples = 0
         self._shape = None
@@ -249,9 +252,10 @@ class Observer:
         """Take in a batch: an array whose axis 0 counts samples."""
         batch = np.asarray(batch)
         if not np.isfinite(batch).all():
+            place = f" at '{self.name}'" if self.name else ""
             raise ValueError(
-                "Expected finite values. Received NaN or infinity in a tensor of shape "
-                f"{batch.shape}: check the data and the float model's output on it."
+                f"Expected finite values. Received NaN or infinity in a tensor of shape "
+                f"{batch.shape}{place}: check the data, the weights and the float model's output."
             )
         if batch.size == 0:
             return

@@ -5,12 +5,13 @@ anywhere in the name.
 """
 
 import re
+import warnings
 from collections.abc import Iterable
 from typing import Annotated, Any
 
 import pydantic
 
-from keras_compress.options import ConfigError, Problem, Text, nearest
+from keras_compress.options import ConfigError, Problem, Text, nearest, shown
 
 REGEX_PREFIX = "{re}"
 
@@ -59,7 +60,7 @@ def check(patterns: str | Iterable[str], names: Iterable[str], what: str) -> Non
     """
     names = list(dict.fromkeys(names))
     problems = [
-        Problem((), f"{what}: {pattern!r} matches no node.{_suggestion(pattern, names)}")
+        Problem((), f"{what}: {shown(pattern)} matches no node.{_suggestion(pattern, names)}")
         for pattern in unmatched(patterns, names)
     ]
     if problems:
@@ -88,8 +89,11 @@ def _suggestion(pattern: str, names: list[str]) -> str:
 def _compiles(pattern: str) -> str:
     if pattern.startswith(REGEX_PREFIX):
         try:
-            re.compile(pattern.removeprefix(REGEX_PREFIX))
-        except re.error as error:
+            # Python warns of what a later version may read in another way.
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                re.compile(pattern.removeprefix(REGEX_PREFIX))
+        except (re.error, Warning, OverflowError, RecursionError) as error:
             message = f"expected a regular expression after {REGEX_PREFIX}: {error}."
             raise ValueError(message) from None
     return pattern

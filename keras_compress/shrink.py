@@ -9,6 +9,8 @@ from keras_compress.algorithms.pruning_plan import MaskedGraph
 from keras_compress.compressed_model import CompressedModel
 from keras_compress.graph.rebuild import rebuild, take
 from keras_compress.graph.trace import trace
+from keras_compress.replicas import scope_of
+from keras_compress.training.compiled import built_optimizer
 
 
 def shrink(model, optimizer=None):
@@ -51,7 +53,8 @@ def shrink(model, optimizer=None):
             "Expected a model with masks, made with `filter_pruning` in its configuration. "
             f"Received: model '{model.name}' without any."
         )
-    return _shrunk(model, masked, optimizer)
+    with scope_of(model):
+        return _shrunk(model, masked, optimizer)
 
 
 def _shrunk(model, masked, optimizer):
@@ -88,8 +91,7 @@ def shrink_in_place(model):
         return False
     before = dict(vars(model))
     compiled_with = model.compiled_with
-    model.optimizer.build(model.trainable_variables)  # before the first step it is not yet
-    small, optimizer = _shrunk(model, masked, model.optimizer)
+    small, optimizer = _shrunk(model, masked, built_optimizer(model))
     structure = (small.input, small.output)
     # As new, but for the methods that Keras binds to an object when it is made.
     blank = vars(CompressedModel.__new__(CompressedModel, *structure))

@@ -71,13 +71,12 @@ class Stepper:
         Returns:
             Whether the epoch was a new one.
         """
-        if model.progress.get("epoch") == epoch:
-            return False
-        for algorithm in algorithms_of(model):
+        begins = model.progress.get("epoch") != epoch
+        for algorithm in algorithms_of(model) if begins else ():
             algorithm.begin_epoch(model, epoch)
         model.progress["epoch"] = epoch
-        self._settle(model)
-        return True
+        self._settle(model)  # also where a backup has brought ranges since training began
+        return begins
 
     def finish(self, model):
         """Tell the algorithms that still move of the end of training."""

@@ -19,7 +19,7 @@ from accuracy_helpers import (
     trained,
     weights,
 )
-from backend_helpers import BACKEND, numpy
+from backend_helpers import numpy
 
 import keras_compress as kc
 from keras_compress.accuracy_aware_fit import accuracy_aware_fit
@@ -319,9 +319,6 @@ def test_batches_of_a_dataset_are_counted():
     assert steps_in_epoch(Batches()) == 6
 
 
-@pytest.mark.skipif(
-    BACKEND != "tensorflow", reason="a source of unknown length that starts anew is a tf.data one"
-)
 @pytest.mark.filterwarnings("ignore:Your input ran out of data")  # Keras says so of all of them
 def test_the_length_of_an_epoch_is_measured_where_data_do_not_tell(original):
     import tensorflow as tf

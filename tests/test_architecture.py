@@ -32,7 +32,7 @@ PRIVATE_NAMES = r"""
 # Lower may not import higher. A package counts with everything inside it.
 LEVELS = [
     {"schedules", "sparsity_schedules", "importance", "sparsity", "bit_search", "metrics"}
-    | {"options", "scopes", "ranges", "rendering"},
+    | {"options", "scopes", "ranges", "rendering", "replicas", "whole_files"},
     {"transforms", "fake_quantize", "quantizers", "binary_quantizers", "masks", "weight_masks"}
     | {"layer_specs", "accuracy_aware"},
     {"layers", "prunable_layers", "compressed_layer"},

@@ -7,7 +7,6 @@ import sys
 
 import keras
 import pytest
-from backend_helpers import BACKEND
 from keras import layers
 from typer.testing import CliRunner
 
@@ -117,7 +116,6 @@ def test_report_as_a_page_beside_the_float_model(folder, tmp_path):
     assert text.startswith("<!DOCTYPE html>") and f"{4 * model.count_params():,}" in text
 
 
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="its export would start a process")
 def test_report_with_latency(folder):
     result = run("report", folder / "float.keras", "--latency")
     assert result.exit_code == 0 and "ms per call" in result.stdout

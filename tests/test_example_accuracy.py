@@ -7,7 +7,9 @@ import pytest
 from backend_helpers import BACKEND
 from example_helpers import EXAMPLES, cells, invoke
 
-pytestmark = pytest.mark.skipif(BACKEND != "tensorflow", reason="the example trains on TensorFlow")
+pytestmark = pytest.mark.skipif(
+    BACKEND != "tensorflow", reason="one run of the example shows what it shows"
+)
 
 
 def test_digits(tmp_path, monkeypatch):

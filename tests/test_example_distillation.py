@@ -7,7 +7,9 @@ import pytest
 from backend_helpers import BACKEND
 from example_helpers import EXAMPLES, cells, invoke, save_small_network, write_cifar10
 
-pytestmark = pytest.mark.skipif(BACKEND != "tensorflow", reason="the examples train on TensorFlow")
+pytestmark = pytest.mark.skipif(
+    BACKEND != "tensorflow", reason="one run of the examples shows what they show"
+)
 
 
 @pytest.fixture(scope="module")

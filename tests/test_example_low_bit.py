@@ -10,7 +10,9 @@ from example_helpers import EXAMPLES, cells, invoke, save_small_network, write_c
 
 import keras_compress as kc
 
-pytestmark = pytest.mark.skipif(BACKEND != "tensorflow", reason="the examples train on TensorFlow")
+pytestmark = pytest.mark.skipif(
+    BACKEND != "tensorflow", reason="one run of the examples shows what they show"
+)
 
 
 @pytest.fixture(scope="module")

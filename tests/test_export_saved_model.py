@@ -22,7 +22,7 @@ from keras_compress.quantizers import AsymmetricQuantizer, SymmetricQuantizer
 
 tensorflow_only = pytest.mark.skipif(
     keras.backend.backend() != "tensorflow",
-    reason="on other backends this code runs in the child process: test_export.py",
+    reason="on other backends this code runs in the child process: test_export_openvino.py",
 )
 
 QUANTIZERS = {

@@ -115,7 +115,6 @@ def test_a_table_is_linear_between_the_widths_that_were_measured():
     assert table.predict({"a": 4}) == 1.5  # narrower than any: the narrowest
 
 
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="its export would start a process")
 def test_every_operation_of_an_ir_is_timed_as_often_as_asked(tmp_path):
     model = network()
     kc.export(model, tmp_path / "model.xml", verify=False)

@@ -364,17 +364,21 @@ def test_edge_layer_round_trip(tmp_path):
     assert abs(numpy(model(x)) - x).max() > 0.01
 
 
-def test_edge_layer_in_half_precision():
-    layer = FakeQuantize(dtype="mixed_bfloat16")
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_edge_layer_in_half_precision(policy, dtype):
+    """Whatever the policy, the tensor is rounded as it comes, in float32, and keeps its dtype."""
+    layer = FakeQuantize(dtype=policy)
     layer.build((2,))
     layer.quantizer.set_range(-1.0, 1.0)
-    x = ops.convert_to_tensor(np.array([[0.3, -0.71]], "float32"))
+    x = ops.cast(np.array([[0.3, -0.71]], "float32"), dtype)
     outputs = layer(x)
-    assert keras.backend.standardize_dtype(outputs.dtype) == "bfloat16"
-    exact = layer.quantizer(ops.cast(ops.cast(x, "bfloat16"), "float32"))
-    expected = ops.cast(ops.cast(exact, "bfloat16"), "float32")
-    np.testing.assert_array_equal(numpy(ops.cast(outputs, "float32")), numpy(expected))
-    assert layer(keras.KerasTensor((None, 2))).dtype == "bfloat16"
+    assert keras.backend.standardize_dtype(outputs.dtype) == dtype
+    step = np.float32(1 / 127)
+    grid = np.round(numpy(ops.cast(x, "float32")) / step) * step
+    tolerance = {"float32": 1e-7, "bfloat16": 2.0**-8}[dtype]
+    np.testing.assert_allclose(numpy(ops.cast(outputs, "float32")), grid, rtol=tolerance)
+    assert layer(keras.KerasTensor((None, 2), dtype=dtype)).dtype == dtype
 
 
 def test_clone_layer_takes_a_new_name():

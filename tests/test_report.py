@@ -337,7 +337,6 @@ def test_metrics_are_those_of_evaluate():
     assert report.figures[-1].file_bytes > 0 and report.figures[0].latency is None
 
 
-@one_process
 def test_metrics_of_several_inputs_and_outputs():
     features = {name: keras.Input((3,), name=name) for name in ("left", "right")}
     x = layers.Add(name="add")(list(features.values()))
@@ -370,7 +369,6 @@ def test_metrics_need_a_compiled_model_and_labels():
     ]
 
 
-@one_process
 def test_latency_is_measured_in_turn_and_shared_among_layers():
     x, _ = labelled()
     model = classifier()

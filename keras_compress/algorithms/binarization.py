@@ -237,7 +237,8 @@ class Binarization(Algorithm):
     def _why_nothing(self, graph):
         reasons = [f"'{name}': {reason}" for name, reason in self._reasons(graph).items()]
         return (
-            f"Expected a model with layers that can be binarized. Received: model '{graph.name}' "
+            "Expected a model with layers that can be binarized, and scopes (`ignored_scopes`, "
+            f"`target_scopes`) that leave some. Received: model '{graph.name}' "
             f"with {len(reasons)} layers with weights, none of which is chosen "
             f"({'; '.join(reasons) or 'there is none'})."
         )

@@ -122,7 +122,7 @@ def make_observer(spec):
     def make(quantizer):
         percentiles = spec.min_percentile, spec.max_percentile
         kind = spec.estimator(quantizer.bits)
-        return Observer(kind, quantizer.axis, *percentiles, quantizer.grid)
+        return Observer(kind, quantizer.axis, *percentiles, quantizer.grid, quantizer.path)
 
     return make
 

@@ -84,8 +84,12 @@ class FilterPruningParams(Options):
     @property
     def target_key(self) -> str:
         """The key that says how much goes."""
-        given = [key for key in TARGETS if key in self.model_fields_set]
-        return given[0] if given else "pruning_target"
+        return next(iter(self._given_targets), "pruning_target")
+
+    @property
+    def _given_targets(self) -> list[str]:
+        written = [key for key in TARGETS if key in self.model_fields_set]
+        return [key for key in written if getattr(self, key) is not None]
 
     @property
     def target(self) -> float:
@@ -137,8 +141,7 @@ class FilterPruningParams(Options):
 
     @pydantic.model_validator(mode="after")
     def _check_one_target(self):
-        given = [key for key in TARGETS if key in self.model_fields_set]
-        given = [key for key in given if getattr(self, key) is not None]
+        given = self._given_targets
         if len(given) > 1:
             values = ", ".join(f"{key}={getattr(self, key)}" for key in given)
             raise ValueError(f"expected either {' or '.join(given)}. Received: {values}")

@@ -16,13 +16,12 @@ import collections
 import json
 import math
 import numbers
-import os
 import pathlib
-import tempfile
 
 import numpy as np
 
 from keras_compress.options import ConfigError, Problem, check_file_path, nearest
+from keras_compress.whole_files import replacing
 
 IDENTITY = (1.0, 0.0)
 SAVE_KEY, LOAD_KEY = "save_ranking_coeffs_path", "load_ranking_coeffs_path"
@@ -108,10 +107,8 @@ def write_ranking(path, ranking):
     check_save_path(path)
     target = pathlib.Path(path)
     text = json.dumps({layer: list(pair) for layer, pair in ranking.items()}, indent=2)
-    with tempfile.TemporaryDirectory(prefix=f".{target.stem}-", dir=target.parent) as folder:
-        written = pathlib.Path(folder) / target.name
-        written.write_text(text + "\n", encoding="utf-8")
-        os.replace(written, target)
+    with replacing(target) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def read_ranking(path, layers):

@@ -10,7 +10,7 @@ from keras_compress import sparsity
 from keras_compress.algorithms.base import Initializer
 from keras_compress.algorithms.sparsity_options import Sparsity, SparsityParams
 from keras_compress.algorithms.weight_sparsity import ScheduledSparsity, input_axis
-from keras_compress.compressed_layer import layer_spec
+from keras_compress.compressed_layer import layer_spec, require_finite
 from keras_compress.options import Text, integer, number, option
 from keras_compress.weight_masks import WeightMask
 
@@ -136,11 +136,24 @@ def set_magnitude_masks(params, masked, level):
         masked: list of `MaskedWeight`.
         level: fraction that goes, in [0, 1).
     """
+    for part, masks in _parts_with_masks(params, masked, level):
+        for entry, mask in zip(part, masks, strict=True):
+            entry.mask.set_mask(mask)
+
+
+def _parts_with_masks(params, masked, level):
+    """Return pairs (weights that are ranked together, their masks), before any mask is set."""
     together = params.sparsity_level_setting_mode == "global" and not params.n_of_m
+    found = []
     for part in [masked] if together else [[entry] for entry in masked]:
         weights = [entry.value() for entry in part]
-        for entry, mask in zip(part, _masks(params, part, weights, level), strict=True):
-            entry.mask.set_mask(mask)
+        try:
+            found.append((part, _masks(params, part, weights, level)))
+        except ValueError:
+            for entry, values in zip(part, weights, strict=True):
+                require_finite(entry.layer, entry.weight, values)
+            raise
+    return found
 
 
 def _masks(params, part, weights, level):

@@ -10,7 +10,7 @@ import numpy as np
 
 from keras_compress import importance
 from keras_compress.algorithms.legr import IDENTITY, read_ranking
-from keras_compress.compressed_layer import CompressedLayer, layer_spec
+from keras_compress.compressed_layer import CompressedLayer, layer_spec, require_finite
 from keras_compress.graph.channel_labels import FOLLOWING, PRODUCED
 from keras_compress.graph.channels import couple
 from keras_compress.graph.narrow import Narrowing
@@ -56,7 +56,8 @@ class Prunable:
             return
         named = "; ".join(f"'{name}': {reason}" for name, reason in self.reasons.items())
         raise ConfigError(
-            f"Expected a model with channels that can be removed. Received: model "
+            "Expected a model with channels that can be removed, and scopes (`ignored_scopes`, "
+            "`target_scopes`) that leave some. Received: model "
             f"'{self.graph.name}' with {len(self.reasons)} groups of channels, none of which can "
             f"be ({named or 'no layer with weights was found'})."
         )
@@ -115,7 +116,11 @@ class Prunable:
                 return None
             masks = [m for m in masks_of(layer, each.weight) if isinstance(m, TaylorMask)]
             masks = [mask for mask in masks if mask.scored_axis == each.axis]
-            return np.array(masks[0].score.numpy()) if masks else None
+            if not masks:
+                return None
+            scores = np.array(masks[0].score.numpy())
+            require_finite(layer, each.weight, scores)
+            return scores
         if each.role != PRODUCED:
             return None
         if criterion == "random":
@@ -375,9 +380,11 @@ def _first_slices(coupling):
 def _raw(layer, weight):
     """Return a weight as it is trained, before masks and quantizers, as a NumPy array."""
     if isinstance(layer, CompressedLayer) and weight in layer.weight_names:
-        return layer.raw_weight(weight).numpy()
-    spec = layer_spec(layer)
-    return keras.ops.convert_to_numpy(spec.read(layer, weight))
+        values = layer.raw_weight(weight).numpy()
+    else:
+        values = keras.ops.convert_to_numpy(layer_spec(layer).read(layer, weight))
+    require_finite(layer, weight, values)
+    return values
 
 
 def masks_of(layer, weight):

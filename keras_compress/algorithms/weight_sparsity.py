@@ -79,10 +79,12 @@ class WeightSparsity(Algorithm):
                 make, text = self.make_mask(config, node, weight)
                 entries.append(WeightEntry(node.name, weight, (make,), text))
         if not entries:
+            reasons = "; ".join(dict.fromkeys(entry.reason for entry in untouched))
             raise ConfigError(
-                f"Expected a model with weights that can be made sparse. Received: model "
+                "Expected a model with weights that can be made sparse, and scopes "
+                "(`ignored_scopes`, `target_scopes`) that leave some. Received: model "
                 f"'{graph.name}' with {len(weighted)} layers with weights, none of which is "
-                f"chosen ({'; '.join(entry.reason for entry in untouched) or 'there is none'})."
+                f"chosen ({reasons or 'there is none'})."
             )
         return Plan(graph.name, weights=tuple(entries), untouched=tuple(untouched))
 

@@ -3,6 +3,7 @@
 import logging
 
 import keras
+import numpy as np
 
 from keras_compress.compressed_layer import PACKAGE
 from keras_compress.export.benchmark import benchmark
@@ -42,8 +43,8 @@ def export(model, path, *, verify=True, data=None):
         A `VerifyReport`, or None where `verify` is False.
 
     Raises:
-        ValueError: unknown suffix; inputs of strings in IR or ONNX; a model that is unbuilt or
-            whose ranges are not set.
+        ValueError: unknown suffix; inputs of strings in IR or ONNX; a model that is unbuilt,
+            whose ranges are not set, or whose weights are not all numbers.
         OSError: the output cannot be written.
 
     Example:
@@ -54,6 +55,7 @@ def export(model, path, *, verify=True, data=None):
     """
     target = checked_target(path)
     _check_inputs(model, target)
+    _check_numbers(model)
     input_names, output_names = signature_names(model)
     arguments = input_names, output_names, _metadata(model)
     suffixes = (".bin", ".xml") if target.suffix == ".xml" else ()
@@ -73,6 +75,25 @@ def _check_inputs(model, target):
             "the part behind its text layers, `keras.Model(text_layer.output, model.output)`, or "
             "a SavedModel (a path without suffix)."
         )
+
+
+def _check_numbers(model):
+    """Raise where training has left NaN, or infinity in a trained weight: no output can be right.
+
+    Constants may be infinite, such as what an attention layer adds where it must not look.
+    """
+    for variable in getattr(model, "weights", ()):
+        values = keras.ops.convert_to_numpy(variable)
+        if values.dtype.kind not in "fV":
+            continue
+        values = values.astype("float32")
+        strange = np.isnan(values).sum() + (variable.trainable and np.isinf(values).sum())
+        if strange:
+            raise ValueError(
+                f"Expected weights that are numbers. Received: model '{model.name}', where "
+                f"{strange} of the {values.size} values of '{variable.path}' are NaN or infinite, "
+                "as after a training that diverged. Export an earlier state of it."
+            )
 
 
 def _metadata(model):

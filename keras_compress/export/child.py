@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import types
 
 import keras
 
@@ -32,9 +33,12 @@ def export_in_child(model, path, input_names, output_names, metadata):
         metadata: JSON-able dict that goes into the file.
 
     Raises:
+        ValueError: a `Lambda` layer holds a function without a name, which no file can hold as
+            data. `strip` takes apart those that it can trace.
         RuntimeError: the child failed; the message is the whole of its standard error.
     """
     plain = strip(model)
+    _require_no_code(plain)
     with tempfile.TemporaryDirectory() as folder:
         job = {
             "model": os.path.join(folder, "model.keras"),
@@ -62,10 +66,23 @@ def export_in_child(model, path, input_names, output_names, metadata):
         )
 
 
+def _require_no_code(plain):
+    """Raise where a file of the model would hold code: files are loaded in Keras' safe mode."""
+    for layer in plain.layers:
+        functions = (value for value in vars(layer).values() if isinstance(value, types.LambdaType))
+        if any(function.__name__ == "<lambda>" for function in functions):
+            raise ValueError(
+                f"Layer '{layer.name}' ({type(layer).__name__}) holds a Python lambda, which a "
+                "file could only keep as code. Expected a function with a name, registered with "
+                "`keras.saving.register_keras_serializable()`, or an export from a session whose "
+                f"Keras runs on TensorFlow. Received: model '{plain.name}'"
+            )
+
+
 def run(job):
     """Carry out a job in the child process."""
     for module in job["modules"]:  # registers the user's own layer classes
         if module != "__main__":
             importlib.import_module(module)
-    model = keras.models.load_model(job["model"], compile=False, safe_mode=False)
+    model = keras.models.load_model(job["model"], compile=False, safe_mode=True)
     write(model, job["path"], job["input_names"], job["output_names"], job["metadata"])

@@ -12,6 +12,7 @@ choose between two numbers, `Convert(boolean) -> Select(1, -1)`.
 
 import hashlib
 import json
+import re
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from keras_compress.export.plugin_repairs import (
     CONVOLUTIONS,
     give_biases,
     join_binarizers,
+    keep_clips,
     keep_masks,
     keep_rounding,
 )
@@ -59,18 +61,32 @@ def write_ir(model, path, input_names, output_names, metadata):
 
 def run_in_integers(ov_model):
     """Give a model integer weights and what else the CPU plugin needs to run it in 8 bits."""
-    for repair in (use_integer_weights, join_binarizers, keep_rounding, keep_masks, give_biases):
+    use_integer_weights(ov_model)
+    for repair in (join_binarizers, keep_rounding, keep_masks, keep_clips, give_biases):
         repair(ov_model)
 
 
 def read_saved_model(folder):
-    """Return a SavedModel directory as an `openvino.Model`, its constants folded."""
+    """Return a SavedModel directory as an `openvino.Model`, its constants folded.
+
+    Raises:
+        ValueError: OpenVINO knows no equivalent of one of its operations.
+    """
     # `ov.convert_model` would also fold batch norms into weights: layers could then no longer be
     # recognized by their weights. The plugin does the same folding when it compiles.
-    from openvino.frontend import FrontEndManager
+    from openvino.frontend import FrontEndManager, OpConversionFailure
 
     frontend = FrontEndManager().load_by_framework("tf")
-    ov_model = frontend.convert(frontend.load(str(folder)))
+    try:
+        ov_model = frontend.convert(frontend.load(str(folder)))
+    except (OpConversionFailure, RuntimeError) as error:
+        # Where it goes on behind what it does not know, it may fail at an operation that it does.
+        found = re.search(r"No conversion rule found for operations: (.*)", str(error))
+        raise ValueError(
+            "Expected operations of TensorFlow that OpenVINO has an equivalent of. Received: "
+            f"{found[1].strip() if found else error}. Compute in another way what leads to them "
+            "(`keras.ops.argmax` leads to Bitcast), or export a SavedModel (a path without suffix)."
+        ) from None
     fold_constants(ov_model)
     return ov_model
 

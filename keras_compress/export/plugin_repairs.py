@@ -15,6 +15,7 @@ CONVOLUTIONS = {
 ARITHMETIC = ("Add", "Multiply", "Subtract")
 # Operations that the plugin runs as part of the convolution before them.
 ACTIVATIONS = ("Relu", "Clamp", "Minimum", "Maximum", "PRelu", "Swish", "HSwish", "Elu", "Sigmoid")
+CLIPS = ("Clamp", "Minimum", "Maximum")
 SUMS = ("Add", "Subtract")
 LARGE = 1e4  # what masks multiply by, at least
 HIGHEST = np.finfo("float32").max
@@ -132,7 +133,7 @@ def _slope_before(op):
     found = {}
     if op.get_type_name() != "FakeQuantize":
         return None
-    for kinds in (("Clamp", "Minimum", "Maximum"), ("Multiply",), ("Subtract",)):
+    for kinds in (CLIPS, ("Multiply",), ("Subtract",)):
         op = op.input_value(0).get_node()
         if op.get_type_name() not in kinds:
             return None
@@ -169,6 +170,26 @@ def keep_masks(ov_model):
         if _constant_operand(shifted, SUMS)[0] is not None and _has_reader(op, SUMS):
             _put_behind(op, "mask", lambda op: opset15.minimum(op, HIGHEST))
             kept += 1
+    return kept
+
+
+def keep_clips(ov_model):
+    """Keep a clip apart from the scaling or shift per channel before it; return how many there are.
+
+    Rounding to fewer than 8 bits is `fake_quantize(clip(x))`. The CPU plugin joins the two, and a
+    `x * scale` or `x + shift` in front of them, and clips at the wrong place then: behind the bias
+    of a `Conv1D`, say, half of the values are off by whole steps. A minimum in between, with the
+    largest number, keeps them apart. What runs as part of a convolution is right.
+    """
+    from openvino import opset15
+
+    kept = 0
+    for op in ov_model.get_ordered_ops():
+        factor, _ = _constant_operand(op, ARITHMETIC)
+        if factor is None or factor.size == 1 or not _has_reader(op, CLIPS) or _is_convolved(op):
+            continue
+        _put_behind(op, "unclipped", lambda op: opset15.minimum(op, HIGHEST))
+        kept += 1
     return kept
 
 

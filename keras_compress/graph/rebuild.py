@@ -13,7 +13,9 @@ import keras
 import numpy as np
 
 from keras_compress.compressed_layer import CompressedLayer, clone_layer
+from keras_compress.graph.record import definite_sizes
 from keras_compress.graph.walk import Edge, all_layers, copy_operation
+from keras_compress.replicas import laid_out_by_path
 
 RECURSION_LIMIT = 20_000
 
@@ -62,7 +64,8 @@ def rebuild(graph, swap=None, quantize=(), model_class=keras.Model, narrowing=No
             layers[node.name] = replacement or _clone(node, narrowing)
         args, kwargs = (node.args, node.kwargs) if narrowing is None else narrowing.arguments(node)
         args, kwargs = keras.tree.map_structure(functools.partial(read, node), (list(args), kwargs))
-        outputs = keras.tree.flatten(layers[node.name](*args, **kwargs))
+        with definite_sizes([layers[node.name]]), laid_out_by_path(_sources(node)):
+            outputs = keras.tree.flatten(layers[node.name](*args, **kwargs))
         if first_call and isinstance(node.op, keras.layers.Layer):
             cuts = {} if narrowing is None else narrowing.variables(node.op, node.name)
             copy_weights(node.op, layers[node.name], cuts)
@@ -84,6 +87,14 @@ def deep_graphs():
         yield
     finally:
         sys.setrecursionlimit(before)
+
+
+def _sources(node):
+    """Return {path that a weight of the new layer will have: the weight of the node's layer}."""
+    if not isinstance(node.op, keras.layers.Layer):
+        return {}
+    before = f"{node.op.path}/"
+    return {f"{node.name}/{v.path.removeprefix(before)}": v for v in node.op.weights}
 
 
 def _clone(node, narrowing):

@@ -213,7 +213,7 @@ def definite_sizes(layers):
 
     layers = [
         layer
-        for layer in layers
+        for layer in {id(layer): layer for layer in layers}.values()  # one may be called often
         if isinstance(layer, keras.layers.EinsumDense) and "." not in layer.equation
     ]
     for layer in layers:

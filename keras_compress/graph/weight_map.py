@@ -4,16 +4,20 @@
 `restore` puts the flat model's values back where they came from, in a copy of the user's model.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import pathlib
 import tempfile
+import types
 
 import keras
 
 from keras_compress.compressed_layer import CompressedLayer
 from keras_compress.graph.rebuild import finalize_state
 from keras_compress.graph.walk import all_layers, set_path
+
+LAMBDA = "<lambda>"  # what Python calls functions without a name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,10 +98,14 @@ def copy_model(model):
     classes = {type(x) for x in layers if type(x).__module__.partition(".")[0] != "keras"}
     scope = {keras.saving.get_registered_name(cls): cls for cls in classes}
     try:
-        with tempfile.TemporaryDirectory() as folder, keras.saving.custom_object_scope(scope):
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            _lambdas_named(layers) as functions,
+            keras.saving.custom_object_scope(scope | functions),
+        ):
             path = pathlib.Path(folder, "model.keras")
             keras.saving.save_model(model, path)
-            twin = keras.saving.load_model(path, compile=False, safe_mode=False)
+            twin = keras.saving.load_model(path, compile=False, safe_mode=True)
     except Exception as error:  # whatever a user's class may raise in there
         raise ValueError(_not_copied(model, f"{type(error).__name__}: {error}")) from error
     for old, new in itertools.zip_longest(model.weights, twin.weights):
@@ -111,6 +119,24 @@ def copy_model(model):
         if new.trainable != old.trainable:
             new.trainable = old.trainable
     return twin
+
+
+@contextlib.contextmanager
+def _lambdas_named(layers):
+    """Give the lambdas that layers hold names, {name: function}: Keras then saves no code of them.
+
+    A file with code could only be loaded outside of Keras' safe mode.
+    """
+    held = (value for layer in layers for value in vars(layer).values())
+    lambdas = {id(f): f for f in held if isinstance(f, types.LambdaType) and f.__name__ == LAMBDA}
+    functions = {f"keras_compress_lambda_{i}": each for i, each in enumerate(lambdas.values())}
+    try:
+        for name, function in functions.items():
+            function.__name__ = name
+        yield functions
+    finally:
+        for function in functions.values():
+            function.__name__ = LAMBDA
 
 
 def _not_copied(model, received):

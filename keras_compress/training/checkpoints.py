@@ -8,59 +8,17 @@ import shutil
 import keras
 import numpy as np
 
-from keras_compress.compressed_model import quantizers_of
-from keras_compress.export.files import replacing
+from keras_compress.compressed_model import facts_of, json_copy, set_facts
+from keras_compress.whole_files import replacing
 
 STATE = "accuracy_aware.json"
 WEIGHTS = "accuracy_aware_{:04d}.npz"  # of an epoch
 VERSION = 1
-# What quantizers hold beside variables, and what changes with their range or width.
-ATTRIBUTES = ("calibrated", "signed", "bits", "narrow_range", "half_range", "gradient_scale")
 
 
 def variables_of(model):
     """Return all variables of a compiled model and its optimizer, seeds of random layers too."""
     return [*model.variables, *model.optimizer.variables]
-
-
-def facts_of(model):
-    """Return what a compressed model holds beside variables, as JSON-able data."""
-    quantizers = [_attributes(quantizer) for quantizer in quantizers_of(model)]
-    facts = {
-        "progress": model.progress,
-        "quantizers": quantizers,
-        "config": model.config.to_dict(),
-        "plan": model.plan,
-    }
-    return _plain(facts)
-
-
-def _attributes(quantizer):
-    return {name: getattr(quantizer, name) for name in ATTRIBUTES if hasattr(quantizer, name)}
-
-
-def _plain(data):
-    """Return a copy in lists, dictionaries and numbers of Python's own, as JSON gives it back."""
-    return json.loads(json.dumps(data, default=float))
-
-
-def set_facts(model, facts):
-    """Give a compressed model what `facts_of` returned.
-
-    Returns whether compiled functions have to be made anew.
-    """
-    changed = False
-    for quantizer, attributes in zip(quantizers_of(model), facts["quantizers"], strict=True):
-        if _attributes(quantizer) != attributes:
-            changed = True
-            for name, value in attributes.items():
-                setattr(quantizer, name, value)
-    model.progress.clear()
-    model.progress.update(_plain(facts["progress"]))
-    if changed:  # widths are in both
-        remembered = model.get_config()["compression"]
-        remembered.update(_plain({part: facts[part] for part in ("config", "plan")}))
-    return changed
 
 
 def write_weights(path, model):
@@ -102,7 +60,7 @@ class Checkpoints:
             raise NotADirectoryError(
                 f"Expected a folder for the state of the training. Received: folder={str(folder)!r}"
             )
-        self.run = _plain(run)
+        self.run = json_copy(run)
         self.facts = {}  # name of a file of weights -> what `facts_of` gave
         self.stored = self._read()
 

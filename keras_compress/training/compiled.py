@@ -1,6 +1,8 @@
-"""How the user's model was compiled, for models that are made from it and trained or judged."""
+"""How the user's model was compiled: for models made from it, and for the clock of a training."""
 
 import warnings
+
+import keras
 
 
 def has_loss(model):
@@ -35,3 +37,34 @@ def compile_arguments(model, purpose, otherwise):
         "run_eagerly": model.run_eagerly,
         "jit_compile": model.jit_compile,
     }
+
+
+def batches_per_update(optimizer):
+    """Return how many batches an optimizer sums up gradients of before it changes a weight."""
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    return getattr(inner, "gradient_accumulation_steps", None) or 1
+
+
+def batches_done(optimizer):
+    """Return how many batches an optimizer has taken up, an int.
+
+    It is `optimizer.iterations` but for gradient accumulation, where that counts updates. A batch
+    whose gradients a `LossScaleOptimizer` threw away does not count. Keras saves the number with
+    the optimizer.
+    """
+    if batches_per_update(optimizer) == 1:
+        clock = optimizer.iterations
+    else:
+        inner = getattr(optimizer, "inner_optimizer", optimizer)
+        clock = next(variable for variable in inner.variables if variable.name == "iteration")
+    return int(keras.ops.convert_to_numpy(clock))
+
+
+def built_optimizer(model):
+    """Return the optimizer of a compiled model, with a state for each of its trained variables.
+
+    It is built once: a `LossScaleOptimizer` would lose its scale when it is built again.
+    """
+    if not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)
+    return model.optimizer

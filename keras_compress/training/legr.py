@@ -9,7 +9,7 @@ from keras_compress.algorithms.legr import check_save_path, evolve, write_rankin
 from keras_compress.algorithms.pruning_plan import HIGHEST_LEVEL, Prunable, set_masks
 from keras_compress.data import labelled_batches
 from keras_compress.options import ConfigError
-from keras_compress.training.compiled import compile_arguments
+from keras_compress.training.compiled import built_optimizer, compile_arguments
 
 EVERY = 5  # of so many batches, one is held out
 FEWEST_BATCHES = 50  # that are read, where there are as many, however short the training is
@@ -112,8 +112,7 @@ class Judge:
         given = search.options.max_pruning
         self.level = pruning.params.target if given is None else given
         self._require_level()
-        model.optimizer.build(model.trainable_variables)
-        self.variables = [*model.variables, *model.optimizer.variables]
+        self.variables = [*model.variables, *built_optimizer(model).variables]
         self.values = [np.array(keras.ops.convert_to_numpy(v)) for v in self.variables]
         self.known = {}
 

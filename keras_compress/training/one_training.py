@@ -7,6 +7,7 @@ import numpy as np
 
 from keras_compress.graph.rebuild import rebuild
 from keras_compress.graph.trace import trace
+from keras_compress.training.compiled import batches_done
 
 
 class _Record(keras.callbacks.Callback):
@@ -75,7 +76,8 @@ class OneTraining(keras.callbacks.CallbackList):
         pass
 
     def on_epoch_begin(self, epoch, logs=None):
-        self._done = self._iterations()
+        self._done = batches_done(self.model.optimizer)
+        self._group = self._last_group = 0
         with self._learning_rate.without_factor():
             super().on_epoch_begin(epoch, logs)
         # Data are shuffled from here on. The first `fit` of a process has looked at a batch before.
@@ -86,14 +88,21 @@ class OneTraining(keras.callbacks.CallbackList):
         if self._seed is not None:
             keras.utils.set_random_seed(self._seed + epoch)
 
+    def on_train_batch_begin(self, batch, logs=None):
+        self._group = batch
+        super().on_train_batch_begin(batch, logs)
+
+    def on_train_batch_end(self, batch, logs=None):
+        self._last_group = self._group  # Keras also begins the one that the data do not have
+        super().on_train_batch_end(batch, logs)
+
     def on_epoch_end(self, epoch, logs=None):
         super().on_epoch_end(epoch, logs)
         if self.steps is None:
-            self.steps = max(self._iterations() - self._done, 1)
+            # The clock leaves out batches that loss scaling threw away: see `Compress`.
+            counted = batches_done(self.model.optimizer) - self._done
+            self.steps = max(counted, self._last_group + 1)
             self.set_params(self.params | {"steps": self.steps})
-
-    def _iterations(self):
-        return int(keras.ops.convert_to_numpy(self.model.optimizer.iterations))
 
 
 def steps_in_epoch(x, batch_size=None, steps_per_epoch=None):
