@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PARALLEL ?= -n auto --maxprocesses 8
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: setup demo test test-jax test-torch test-all lint format bench bench-torch coverage fuzz docs clean
+.PHONY: setup demo test test-jax test-torch test-all lint format bench bench-torch coverage fuzz kill-and-resume docs clean
 
 setup: $(STAMP)
 
@@ -62,6 +62,9 @@ coverage: setup
 fuzz: setup
 	$(BIN)/python tests/fuzz.py configurations
 	$(BIN)/python tests/fuzz.py models
+
+kill-and-resume: setup
+	$(BIN)/python benchmarks/kill_and_resume.py --trials 200
 
 docs: setup
 	$(BIN)/python -m pip install --quiet -e '.[dev,docs]'

@@ -122,8 +122,10 @@ def test_weights_ranges_and_masks_are_those_of_one_device(engine, case, folder_o
     for folder in folder_of(engine):
         actual, expected = (arrays(folder, case, kind) for kind in ("actual", "expected"))
         assert actual.keys() == expected.keys()
+        # A loss of masks that counted twice would move logits by 0.01 (see `SEED` there).
+        tolerance = 2e-3 if case == "drawn" else 1e-5
         for path, difference in differences(actual, expected).items():
-            assert difference <= (0 if is_mask(path) else 1e-5), path
+            assert difference <= (0 if is_mask(path) else tolerance), path
         assert any(path.endswith("scale") for path in actual)
 
 
@@ -159,7 +161,7 @@ def test_progress_and_statistics_are_those_of_one_device(engine, case, folder_of
             continue
         assert actual["history"].keys() == expected["history"].keys()
         for key, values in expected["history"].items():
-            np.testing.assert_allclose(actual["history"][key], values, 1e-5, 1e-6, err_msg=key)
+            np.testing.assert_allclose(actual["history"][key], values, 1e-4, 1e-6, err_msg=key)
 
 
 @pytest.mark.parametrize(
