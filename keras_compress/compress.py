@@ -92,6 +92,7 @@ def _compressed(model, graph, config, data, verbose):
     search = RankingSearch.of(config, model, data, graph.inputs)
     batches = None if data is None else of_all_workers(_read(data, graph, config))
     compressed = compressed_by(graph, decided, config)
+    compressed.dtype_policy = model.dtype_policy  # `compile` asks it whether losses are scaled
     take_weights_of_first_worker(compressed)
     if any(algorithm.needs_teacher for algorithm in config.algorithms):
         compressed.set_teacher(graph)

@@ -49,13 +49,17 @@ class CompressedModel(keras.Model):
         *args, **kwargs: as for `keras.Model(inputs, outputs, name=...)`.
         compression: dict with `config` (the configuration), `plan` (`Plan.to_dict()`),
             `weight_map` (`WeightMap.to_dict()`) and `progress` (see there).
+        dtype: dtype policy that `compile` asks whether to scale the loss; None: the global one.
+            Layers have their own.
     """
 
     _teacher = staticmethod(lambda: None)
 
-    def __init__(self, *args, compression=None, **kwargs):
+    def __init__(self, *args, compression=None, dtype=None, **kwargs):
         with deep_graphs():
             super().__init__(*args, **kwargs)
+        if dtype is not None:  # which Keras' Functional models do not take
+            self.dtype_policy = dtype
         self._compression = keras.tree.map_structure(lambda leaf: leaf, dict(compression or {}))
         algorithms = self.config.algorithms
         self._algorithms_with_loss = [a for a in algorithms if type(a).loss is not Algorithm.loss]
@@ -271,7 +275,8 @@ class CompressedModel(keras.Model):
         )
 
     def get_config(self):
-        return super().get_config() | {"compression": self._compression}
+        policy = keras.dtype_policies.serialize(self.dtype_policy)
+        return super().get_config() | {"compression": self._compression, "dtype": policy}
 
 
 def _with_public_optimizers(config):

@@ -70,6 +70,7 @@ def _shrunk(model, masked, optimizer):
         model_class=CompressedModel,
         narrowing=narrowing,
         compression=compression,
+        dtype=model.dtype_policy,
     )
     small.take_teacher_of(model)
     if optimizer is None:
@@ -99,8 +100,9 @@ def shrink_in_place(model):
         if not callable(blank.get(name)):
             del vars(model)[name]
     vars(model).update({k: v for k, v in blank.items() if not callable(v)})
-    compression = small.get_config()["compression"]
-    CompressedModel.__init__(model, *structure, name=before["name"], compression=compression)
+    config = small.get_config()
+    given = {"name": before["name"], "compression": config["compression"], "dtype": config["dtype"]}
+    CompressedModel.__init__(model, *structure, **given)
     model.compile(**compiled_with | {"optimizer": optimizer})
     for name in before.keys() - vars(model).keys():  # what `fit` keeps while it runs
         setattr(model, name, before[name])

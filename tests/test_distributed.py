@@ -123,7 +123,7 @@ def test_weights_ranges_and_masks_are_those_of_one_device(engine, case, folder_o
         actual, expected = (arrays(folder, case, kind) for kind in ("actual", "expected"))
         assert actual.keys() == expected.keys()
         # A loss of masks that counted twice would move logits by 0.01 (see `SEED` there).
-        tolerance = 2e-3 if case == "drawn" else 1e-5
+        tolerance = 2e-3 if case == "drawn" else 5e-5
         for path, difference in differences(actual, expected).items():
             assert difference <= (0 if is_mask(path) else tolerance), path
         assert any(path.endswith("scale") for path in actual)
@@ -235,7 +235,8 @@ def test_weights_of_inner_models_lie_as_before(folder_of):
     (folder,) = folder_of("model-parallel")
     placed = told(folder, "masked")["actual"]["nested"]
     assert placed["inner-inside/kernel"] == [None, "model"]
-    assert placed["inner-inside/symmetric_quantizer/scale"] == [None, "model"]
+    inside = [path for path in placed if path.startswith("inner-inside/symmetric_quantizer")]
+    assert [placed[path] for path in inside] == [[None, "model"]]
     assert not any(placed["inner-inside/bias"])
 
 

@@ -419,6 +419,20 @@ def test_a_file_keeps_a_loss_scaling_optimizer(tmp_path):
     assert batches_done(loaded) == batches_done(model.optimizer) == 2 * (STEPS - 1)
 
 
+def test_the_policy_of_a_model_is_kept_under_another_global_one(tmp_path):
+    """It decides whether `compile` scales the loss."""
+    keras.config.set_dtype_policy("mixed_float16")
+    model = network()
+    keras.config.set_dtype_policy("float32")
+    model = compressed(PRUNING, QUANTIZATION, model=model)
+    model.save(tmp_path / "net.keras")
+    loaded = keras.models.load_model(tmp_path / "net.keras")
+    for each in (model, loaded, kc.shrink(model)):
+        assert each.dtype_policy.name == "mixed_float16"
+        each.compile("sgd", "mse")
+        assert type(each.optimizer) is keras.optimizers.LossScaleOptimizer
+
+
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_shrinking_cuts_averages_and_accumulated_gradients(wrapped):
     """Training goes on in the smaller model with the optimizer's options as they were."""
