@@ -4,9 +4,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # A process per core runs the tests.
 PARALLEL ?= -n auto --maxprocesses 8
+# One with no libraries of GPUs, where the package index has it; else any will do.
+TORCH ?= torch==2.13.0
+# What a backend has to keep: arithmetic, masks, compression, training, and a way to the others.
+CONTRACT := $(patsubst %,tests/test_%.py,fake_quantize quantizers binary_quantizers transforms ranges \
+  layers masks weight_masks channel_masks callbacks stepping across_backends)
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: setup demo test test-jax test-torch test-all lint format bench bench-torch coverage fuzz kill-and-resume docs clean
+.PHONY: setup demo test test-jax test-torch test-backends test-all lint format bench bench-torch coverage fuzz kill-and-resume docs clean
 
 setup: $(STAMP)
 
@@ -26,8 +31,13 @@ test-jax: setup
 	KERAS_BACKEND=jax $(BIN)/python -m pytest -m "not slow" $(PARALLEL)
 
 test-torch: setup
-	$(BIN)/python -m pip install --quiet -e '.[dev,torch]'
+	$(BIN)/python -m pip install --quiet -e '.[dev]' $(TORCH)
 	KERAS_BACKEND=torch $(BIN)/python -m pytest -m "not slow" $(PARALLEL)
+
+test-backends: setup
+	$(BIN)/python -m pip install --quiet -e '.[dev,jax]' $(TORCH)
+	KERAS_BACKEND=jax $(BIN)/python -m pytest -m "not slow" $(PARALLEL) $(CONTRACT)
+	KERAS_BACKEND=torch $(BIN)/python -m pytest -m "not slow" $(PARALLEL) $(CONTRACT) tests/test_torch_*.py
 
 test-all: setup
 	$(BIN)/python -m pip install --quiet -e '.[dev,bench,hub]'
@@ -52,7 +62,7 @@ bench: setup
 	$(BIN)/python benchmarks/low_bit.py
 
 bench-torch: setup
-	$(BIN)/python -m pip install --quiet -e '.[dev,torch-bench]'
+	$(BIN)/python -m pip install --quiet -e '.[dev,torch-bench]' $(TORCH)
 	$(BIN)/python benchmarks/torch_step_time.py
 
 coverage: setup

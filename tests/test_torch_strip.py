@@ -132,3 +132,18 @@ def test_a_module_without_weights():
     plain = kct.strip(module)
     assert sum(isinstance(each, kct.FakeQuantize) for each in plain.modules()) == 2
     assert torch.equal(plain(x), in_evaluation(module, x))
+
+
+def test_ranges_that_change_in_evaluation_mode_are_seen(module):
+    module = trained(module, QUANTIZATION)[0].eval()
+    before = in_evaluation(module)
+    quantizer = module.get_submodule("first-fake_quantize")
+    with torch.no_grad():
+        quantizer.scale.mul_(0.5)
+    after = in_evaluation(module)
+    assert not torch.equal(after, before)
+    assert torch.equal(kct.strip(module)(images(seed=5)), after)
+    state = module.state_dict()
+    state["first-fake_quantize.scale"] = state["first-fake_quantize.scale"] * 2
+    module.load_state_dict(state)
+    assert torch.equal(in_evaluation(module), before)

@@ -40,13 +40,14 @@ class Transformed(torch.nn.Module):
         super().__init__()
         # Out of sight of torch, which would see Keras' parameters under names with running numbers.
         self._held = (transform, weight, fixed)
+        self._fixed = []  # (state, what `fixed` made of it)
         taken = set()
         for variable in transform.variables:
             self.register_parameter(unique_name(variable.name, taken), variable.value)
 
     def forward(self, inputs):
         transform, weight, fixed = self._held
-        plain = None if self.training or fixed is None else fixed()
+        plain = None if self.training or fixed is None else self._plain()
         if plain is not None:
             return plain.to(inputs.device)(inputs)
         values = inputs if weight is None else weight.to_keras(inputs)
@@ -58,6 +59,20 @@ class Transformed(torch.nn.Module):
         if outputs.stride() == inputs.stride():
             return outputs
         return outputs.clone(memory_format=torch.contiguous_format)
+
+    def train(self, mode=True):
+        """Set the mode, as `torch.nn.Module.train` does."""
+        self._fixed.clear()
+        return super().train(mode)
+
+    def _plain(self):
+        """Return what the function `fixed` makes of the quantizer, anew where that has changed."""
+        transform, _, fixed = self._held
+        state = [parameter._version for parameter in self.parameters()]
+        state += [transform.calibrated, transform.observer, getattr(transform, "signed", None)]
+        if not self._fixed or self._fixed[0] != state:
+            self._fixed[:] = state, fixed()
+        return self._fixed[1]
 
     def get_extra_state(self):
         """Return what a quantizer knows beside its variables: whether it has a range, and signs."""
