@@ -57,3 +57,14 @@ def test_every_command_is_described():
         assert f"\n## {name}\n" in page
         assert f"keras-compress {name}" in page
     assert set(re.findall(r"^## (\w+)$", page, re.MULTILINE)) == set(commands)
+
+
+def test_snippets_are_there():
+    lines = [line for page in DOCS.glob("*.md") for line in page.read_text().splitlines()]
+    snippets = [line for line in lines if re.match(r"--8\W", line)]
+    assert len(snippets) >= 6
+    for line in snippets:
+        path, section = re.fullmatch(r'--8<-- "([\w./]+)(?::(\w+))?"', line).groups()
+        text = (DOCS.parent / path).read_text()
+        marks = [] if section is None else [f"--8<-- [{end}:{section}]" for end in ("start", "end")]
+        assert all(mark in text for mark in marks)
