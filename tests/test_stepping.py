@@ -97,12 +97,12 @@ def compressed(*algorithms, calibrated=True, **arguments):
 
 
 def masks(model):
-    """Return {name of a mask, and its axis: values}."""
+    """Return {place and class of a mask, and its axis: values}."""
     found = {}
     for layer in model.layers:
         for weight in getattr(layer, "weight_names", ()):
             for transform in layer.transforms_of(weight):
-                key = f"{layer.name} {weight} {transform.name}"
+                key = f"{layer.name} {weight} {type(transform).__name__}"
                 if isinstance(transform, WeightMask):
                     found[key] = transform.mask_values()
                 elif isinstance(transform, ChannelMask):
