@@ -269,7 +269,7 @@ def _read(path: pathlib.Path) -> Any:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(
             f"Expected the path of a JSON file that can be read: {reason}. "
-            + received("source", str(path))
+            f"Received: source={str(path)!r}"  # in full: its end is the file's name
         ) from None
     try:
         content = json5.loads(text, allow_duplicate_keys=False)
