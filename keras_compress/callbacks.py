@@ -12,7 +12,7 @@ from keras_compress.shrink import shrink_in_place
 from keras_compress.statistics import figures, histograms
 from keras_compress.stepping import Stepper, algorithms_of
 from keras_compress.training.backup import Backup
-from keras_compress.training.compiled import batches_done, batches_per_update
+from keras_compress.training.compiled import EpochLength, batches_done, batches_per_update
 
 __all__ = ["Backup", "Compress", "ExportIR", "Statistics"]
 
@@ -63,26 +63,22 @@ class Compress(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None):
         self._epoch = epoch
-        self._first_batch = self._batches_done(self.model)
-        self._group = self._last_group = 0
+        self._measured = EpochLength(self.model.optimizer)
         self._next_epoch_at = self._begin_epoch(self.model)
 
     def on_epoch_end(self, epoch, logs=None):
         if self._length is None:
-            # The clock leaves out batches that loss scaling threw away. With `steps_per_execution`,
-            # the first batch of the last group is all that is known of its place.
-            counted = self._batches_done(self.model) - self._first_batch
-            self._length = max(counted, self._last_group + 1)
+            self._length = self._measured.batches(self.model.optimizer)
 
     def on_train_batch_begin(self, batch, logs=None):
-        self._group = batch
+        self._measured.group_begins(batch)
         # Elsewhere no batch has to read the clock, which stalls the device. The batch behind the
         # last, which Keras may begin without having one, is not one: on JAX, changes get lost then.
         if self._next_epoch_at <= batch < self._epoch_length():
             self._next_epoch_at = batch + self._begin_epoch(self.model)
 
     def on_train_batch_end(self, batch, logs=None):
-        self._last_group = self._group  # Keras also begins the one that the data do not have
+        self._measured.group_ends()
         if self._stepper.moving:
             self._update(self.model)
 
@@ -109,11 +105,8 @@ class Compress(keras.callbacks.Callback):
 
     def _update(self, model):
         length, each = self._epoch_length(), batches_per_update(model.optimizer)
-        step = self._batches_done(model) // each
+        step = batches_done(model.optimizer) // each
         self._stepper.update(model, step, length and length / each)
-
-    def _batches_done(self, model):
-        return batches_done(model.optimizer)
 
     def _epoch_length(self):
         """Return the number of batches in an epoch, None until it is known."""
@@ -126,7 +119,7 @@ class Compress(keras.callbacks.Callback):
             In how many batches the next one begins. Behind the end of this epoch of `fit`, unless
             training was resumed in the midst of one, or loss scaling has thrown batches away.
         """
-        length, done = self._epoch_length(), self._batches_done(model)
+        length, done = self._epoch_length(), batches_done(model.optimizer)
         epoch = done // length if length else self._epoch
         begun = self._stepper.begin_epoch(model, epoch)
         if begun and self.shrink and all(a.masks_are_final(model) for a in algorithms_of(model)):

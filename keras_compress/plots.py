@@ -3,7 +3,7 @@
 import math
 import pathlib
 
-from keras_compress.export.files import replacing
+from keras_compress.whole_files import replacing
 
 
 def draw_pareto(decided, path):

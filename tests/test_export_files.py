@@ -6,7 +6,8 @@ import tempfile
 
 import pytest
 
-from keras_compress.export.files import checked_target, replacing
+from keras_compress.export.files import checked_target
+from keras_compress.whole_files import replacing
 
 
 @pytest.mark.parametrize("name", ["model.xml", "model.onnx", "model"])

@@ -3,6 +3,7 @@
 import random
 
 import fuzz_models
+import fuzz_networks
 import keras
 import numpy as np
 import pytest
@@ -99,7 +100,7 @@ def test_fewer_bits_behind_a_bias_that_is_no_part_of_the_convolution(cls, bits, 
     inputs = keras.Input((6, 6), name="signal")
     arguments = {} if cls is layers.DepthwiseConv1D else {"filters": 6}
     x = cls(kernel_size=3, padding="same", name="conv", **arguments)(inputs)
-    model = fuzz_models.gentle(keras.Model(inputs, layers.Dense(3, name="dense")(x)))
+    model = fuzz_networks.gentle(keras.Model(inputs, layers.Dense(3, name="dense")(x)))
     data = np.random.default_rng(0).normal(size=(8, 6, 6)).astype("float32")
     config = {"compression": {"algorithm": "quantization", "activations": {"bits": bits}}}
     compressed = kc.compress_model(model, config, data=data, verbose=False)

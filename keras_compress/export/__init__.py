@@ -8,10 +8,11 @@ import numpy as np
 from keras_compress.compressed_layer import PACKAGE
 from keras_compress.export.benchmark import benchmark
 from keras_compress.export.child import export_in_child
-from keras_compress.export.files import checked_target, replacing
+from keras_compress.export.files import checked_target
 from keras_compress.export.formats import write
 from keras_compress.export.saved_model import signature_names
 from keras_compress.export.verify import VerifyReport, verify
+from keras_compress.whole_files import replacing
 
 __all__ = ["VerifyReport", "benchmark", "export", "verify"]
 

@@ -3,9 +3,7 @@
 import pathlib
 import zlib
 
-from keras_compress.whole_files import replacing, temporary_folder
-
-__all__ = ["SUFFIXES", "checked_target", "replacing", "stored_files", "zipped_size"]
+from keras_compress.whole_files import temporary_folder
 
 SUFFIXES = {".xml": "OpenVINO IR", ".onnx": "ONNX", "": "SavedModel directory"}
 

@@ -17,7 +17,7 @@ from rich.console import Group
 from rich.table import Table
 
 from keras_compress.data import input_batches
-from keras_compress.export.files import replacing, stored_files, zipped_size
+from keras_compress.export.files import stored_files, zipped_size
 from keras_compress.export.openvino import read_saved_model
 from keras_compress.export.precisions import eight_bit_share, layer_precisions
 from keras_compress.export.saved_model import signature_names
@@ -25,6 +25,7 @@ from keras_compress.graph.trace import trace
 from keras_compress.layers import FakeQuantize
 from keras_compress.rendering import Rendered
 from keras_compress.replicas import predict_here
+from keras_compress.whole_files import replacing
 
 UNKNOWN_SIZE = 32  # stands in for an axis of unknown length, other than the batch
 NOTHING = 1e-20  # difference from an output that never changes which is none

@@ -18,7 +18,6 @@ from keras_compress.compressed_model import (
     require_ready,
     strip,
 )
-from keras_compress.export.files import replacing
 from keras_compress.graph.trace import trace
 from keras_compress.layers import CompressedLayer, FakeQuantize
 from keras_compress.plan import size_table
@@ -35,6 +34,7 @@ from keras_compress.report.figures import (
 )
 from keras_compress.report.layers import FLOAT_BYTES, LayerReport, layer_reports
 from keras_compress.report.page import checked_page_path, page
+from keras_compress.whole_files import replacing
 
 USUAL_COLUMNS = 8  # of the table of layers; with more, headers take two lines
 SPARSE = 0.1  # share of zeros in a layer from which on the table shows sparsity

@@ -11,7 +11,7 @@ import torch
 
 from keras_compress.algorithms.pruning_plan import MaskedGraph
 from keras_compress.compressed_model import require_ready
-from keras_compress.export.files import checked_target, replacing
+from keras_compress.export.files import checked_target
 from keras_compress.export.onnx import rename_ports
 from keras_compress.export.onnx import use_integer_weights as use_integer_weights_in_onnx
 from keras_compress.export.openvino import fold_constants, name_layers, run_in_integers
@@ -26,6 +26,7 @@ from keras_compress.torch.attach import (
     raw_tensor,
 )
 from keras_compress.torch.fake_quantize import FakeQuantize
+from keras_compress.whole_files import replacing
 
 
 def strip(module):

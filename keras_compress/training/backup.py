@@ -6,7 +6,7 @@ import shutil
 
 import keras
 
-from keras_compress.compressed_model import quantizers_of
+from keras_compress.compressed_model import json_copy, quantizers_of
 from keras_compress.whole_files import replacing
 
 RECORD = "backup.json"
@@ -121,7 +121,7 @@ class Backup(keras.callbacks.Callback):
                 f"Expected a backup in '{path}'. Received: {type(error).__name__}: {error}. "
                 f"{advice}"
             ) from None
-        expected = json.loads(json.dumps(self._run, default=float))
+        expected = json_copy(self._run)
         others = [what for what in expected if found[what] != expected[what]]
         if others or not whole:
             raise ValueError(

@@ -60,6 +60,33 @@ def batches_done(optimizer):
     return int(keras.ops.convert_to_numpy(clock))
 
 
+class EpochLength:
+    """Counts the batches of an epoch of `fit` whose number is not known before.
+
+    The optimizer's clock leaves out batches that loss scaling threw away. With
+    `steps_per_execution`, the first batch of the last group is all that is known of its place.
+
+    Args:
+        optimizer: the optimizer, when the epoch begins.
+    """
+
+    def __init__(self, optimizer):
+        self._first = batches_done(optimizer)
+        self._group = self._last_group = 0
+
+    def group_begins(self, batch):
+        """Note the first batch of a group; Keras also begins one that the data do not have."""
+        self._group = batch
+
+    def group_ends(self):
+        """Note that the group was there."""
+        self._last_group = self._group
+
+    def batches(self, optimizer):
+        """Return how many batches the epoch had, at its end."""
+        return max(batches_done(optimizer) - self._first, self._last_group + 1)
+
+
 def built_optimizer(model):
     """Return the optimizer of a compiled model, with a state for each of its trained variables.
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from keras_compress.graph.rebuild import rebuild
 from keras_compress.graph.trace import trace
-from keras_compress.training.compiled import batches_done
+from keras_compress.training.compiled import EpochLength
 
 
 class _Record(keras.callbacks.Callback):
@@ -76,8 +76,7 @@ class OneTraining(keras.callbacks.CallbackList):
         pass
 
     def on_epoch_begin(self, epoch, logs=None):
-        self._done = batches_done(self.model.optimizer)
-        self._group = self._last_group = 0
+        self._length = EpochLength(self.model.optimizer)
         with self._learning_rate.without_factor():
             super().on_epoch_begin(epoch, logs)
         # Data are shuffled from here on. The first `fit` of a process has looked at a batch before.
@@ -89,19 +88,17 @@ class OneTraining(keras.callbacks.CallbackList):
             keras.utils.set_random_seed(self._seed + epoch)
 
     def on_train_batch_begin(self, batch, logs=None):
-        self._group = batch
+        self._length.group_begins(batch)
         super().on_train_batch_begin(batch, logs)
 
     def on_train_batch_end(self, batch, logs=None):
-        self._last_group = self._group  # Keras also begins the one that the data do not have
+        self._length.group_ends()
         super().on_train_batch_end(batch, logs)
 
     def on_epoch_end(self, epoch, logs=None):
         super().on_epoch_end(epoch, logs)
         if self.steps is None:
-            # The clock leaves out batches that loss scaling threw away: see `Compress`.
-            counted = batches_done(self.model.optimizer) - self._done
-            self.steps = max(counted, self._last_group + 1)
+            self.steps = self._length.batches(self.model.optimizer)
             self.set_params(self.params | {"steps": self.steps})
 
 

@@ -11,12 +11,12 @@ from keras_compress.compressed_layer import layer_spec
 from keras_compress.compressed_model import compressed_by
 from keras_compress.data import labelled_batches
 from keras_compress.export import export
-from keras_compress.export.files import replacing
 from keras_compress.export.layer_times import layer_times
 from keras_compress.graph.rebuild import rebuild
 from keras_compress.options import ConfigError, check_file_path
 from keras_compress.training.compiled import compile_arguments
 from keras_compress.training.hessian import hessian_traces
+from keras_compress.whole_files import replacing
 
 KEY = "traces_per_layer_path"
 DATA_FILE = "precision.json"
