@@ -38,7 +38,7 @@ from keras_compress.algorithms import (
     RBSparsity,
 )
 from keras_compress.compress import compress_model, plan
-from keras_compress.compressed_model import CompressedModel, strip
+from keras_compress.compressed_model import CompressedModel
 from keras_compress.config import Config
 from keras_compress.export import VerifyReport, export, verify
 from keras_compress.layers import register_layer
@@ -49,6 +49,7 @@ from keras_compress.report import Report, report
 from keras_compress.sensitivity import Sensitivity, sensitivity
 from keras_compress.shrink import shrink
 from keras_compress.stepping import finish, step
+from keras_compress.strip import strip
 from keras_compress.training.accuracy_result import AccuracyAwareResult
 from keras_compress.training.batch_norm import adapt_batch_norm
 

@@ -139,8 +139,8 @@ class _Loop:
             for each in config["compression"]:
                 each.get("initializer", {}).get("precision", {}).pop("bitwidth_per_scope", None)
         return {
-            "the configuration": config,
-            "the shapes of the model's variables": fingerprint(self.model),
+            "configuration": config,
+            "shapes": fingerprint(self.model),
             "metric": [self.options.metric, self.options.lower_is_better],
             "baseline": None if isinstance(baseline, keras.Model) else float(baseline),
             "seed": self.options.seed,

@@ -5,8 +5,8 @@ import pathlib
 
 import keras
 
-from keras_compress.compressed_model import quantizers_of
 from keras_compress.metrics import check_mode, lower_is_better
+from keras_compress.model_facts import quantizers_of
 from keras_compress.replicas import has_several_replicas
 from keras_compress.shrink import shrink_in_place
 from keras_compress.statistics import figures, histograms

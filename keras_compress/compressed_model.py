@@ -1,4 +1,4 @@
-"""The compressed model, and the way back from it to a plain one."""
+"""The compressed model."""
 
 import inspect
 import json
@@ -8,34 +8,29 @@ import keras
 import numpy as np
 
 from keras_compress.algorithms.base import Algorithm
-from keras_compress.algorithms.pruning_plan import MaskedGraph
 from keras_compress.config import Config
 from keras_compress.graph.rebuild import deep_graphs, rebuild
-from keras_compress.graph.trace import require_built, trace
-from keras_compress.graph.walk import all_layers
-from keras_compress.graph.weight_map import WeightMap, restore
+from keras_compress.graph.trace import trace
+from keras_compress.graph.weight_map import WeightMap
 from keras_compress.layers import (
     PACKAGE,
-    CompressedLayer,
     FakeQuantize,
     compressed_class,
     exclude_from_weight_decay,
 )
-from keras_compress.masks import ChannelMask
-from keras_compress.quantizers import Quantizer
+from keras_compress.model_facts import (
+    facts_of,
+    quantizers_of,
+    require_ready,
+    seeds_of,
+    set_facts,
+    transforms_of,
+)
 from keras_compress.replicas import is_one_of_many_workers, scope_of, share_of
 from keras_compress.teacher import Observed, Teacher
-from keras_compress.transforms import Transform
 from keras_compress.whole_files import replacing_if_local
 
 FACTS, SEED = "facts", "seed_{}"  # names in a file of weights
-# What quantizers hold beside variables, and what changes with their range or width.
-ATTRIBUTES = ("calibrated", "signed", "bits", "narrow_range", "half_range", "gradient_scale")
-STATISTICS = (
-    keras.layers.LayerNormalization,
-    keras.layers.GroupNormalization,
-    keras.layers.RMSNormalization,
-)
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -231,7 +226,7 @@ class CompressedModel(keras.Model):
     def save_own_variables(self, store):
         """Keep what is no weight in files of weights too: `facts_of`, seeds of random layers."""
         store[FACTS] = np.frombuffer(json.dumps(facts_of(self)).encode(), "uint8")
-        for index, seed in enumerate(_seeds(self)):
+        for index, seed in enumerate(seeds_of(self)):
             store[SEED.format(index)] = keras.ops.convert_to_numpy(seed)
 
     def load_own_variables(self, store):
@@ -243,7 +238,7 @@ class CompressedModel(keras.Model):
         if FACTS not in store.keys():  # noqa: SIM118 (Keras' stores are no mappings)
             return
         changed = set_facts(self, json.loads(np.asarray(store[FACTS]).tobytes()))
-        for index, seed in enumerate(_seeds(self)):
+        for index, seed in enumerate(seeds_of(self)):
             if SEED.format(index) in store.keys():  # noqa: SIM118
                 seed.assign(np.asarray(store[SEED.format(index)]))
         if changed:
@@ -325,173 +320,8 @@ def compressed_by(graph, decided, config):
     return rebuild(graph, swap, quantize, CompressedModel, compression=compression)
 
 
-def strip(model, like=None):
-    """Return a plain Keras model: filters gone, weights baked in, quantizers of activations frozen.
-
-    Channels that masks switch off are taken out of every layer that they touch; the output stays
-    that of the compressed model, up to the order of sums. Without masks it is equal at inference
-    bit for bit. Only `keras.*` layers and `FakeQuantize` remain, the user's layers that were kept
-    whole, and `Parameter` and `BatchSized` layers of those that were taken apart.
-
-    With `like`, the result is a copy of that model instead, of its own classes and nesting, which
-    holds the same rounded weights and batch-norm statistics, and zeros where filters were pruned:
-    shapes stay. Activation quantizers have no place
-    in it and are left out: its output is the stripped model's up to the rounding of activations,
-    and up to the order of float operations where only weights are quantized.
-
-    Args:
-        model: a compressed model, or any model that holds compressed layers.
-        like: the model that `compress_model` was given, or another of the same structure, e.g.
-            loaded again from its file. It is left untouched. None: a flat Functional model.
-
-    Raises:
-        TypeError: `like` is not a Keras model.
-        ValueError: a quantizer still lacks its range; `like` is not built, has other weights or
-            cannot be copied; `model` does not know which weights it was made from.
-
-    Example:
-
-    ```python
-    compressed = kc.compress_model(classifier, config, data=train_ds)
-    ...
-    plain = kc.strip(compressed, like=classifier)
-    assert type(plain) is type(classifier)
-    ```
-    """
-    require_ready(model)
-    if like is not None:
-        _require_plain_statistics(model)
-        return restore(model, _weight_map_for(model, like), like)
-
-    graph = trace(model)
-    masked = MaskedGraph.of(graph)
-    narrowing = masked and masked.narrowing
-
-    def plain(node):
-        if isinstance(node.op, CompressedLayer):
-            config = node.op.get_config()
-            del config["transforms"]
-            changed = narrowing.configuration(node) if narrowing else {}
-            return node.op.keras_class.from_config(config | changed | {"name": node.name})
-        return None
-
-    stripped = rebuild(graph, swap=plain, narrowing=narrowing)
-    for layer in stripped.layers:
-        if isinstance(layer, FakeQuantize):
-            layer.trainable = False
-    return stripped
-
-
-def _require_plain_statistics(model):
-    """Raise where a layer keeps masked channels out of its statistics, which a plain one cannot."""
-    for layer in all_layers(model):
-        if isinstance(layer, STATISTICS) and isinstance(layer, CompressedLayer):
-            transforms = [t for name in layer.weight_names for t in layer.transforms_of(name)]
-            masks = [each for each in transforms if isinstance(each, ChannelMask)]
-            if any(not mask.mask(axis).all() for mask in masks for axis in mask.axes):
-                raise ValueError(
-                    f"Layer '{layer.name}' takes its statistics over the channels that masks leave "
-                    "on, which the original's layer cannot do at its full width. Expected a model "
-                    "without normalization over pruned channels. Use "
-                    "`keras_compress.strip(model)` without `like`."
-                )
-
-
-def _weight_map_for(model, like):
-    require_built(like)
-    weight_map = getattr(model, "weight_map", None)
-    if weight_map is None:
-        raise ValueError(
-            "`like` needs a model made by this version of `compress_model`, which notes where "
-            f"each weight came from. Received: model '{model.name}' ({type(model).__name__}) "
-            "without such a map. Use `keras_compress.strip(model)` without `like`, or compress "
-            "the original model again."
-        )
-    return weight_map
-
-
-def transforms_of(model):
-    """Return every `Transform` inside a model, each once: quantizers and masks."""
-    found = {id(x): x for x in all_layers(model) if isinstance(x, Transform)}
-    return list(found.values())
-
-
-def quantizers_of(model):
-    """Return every `Quantizer` inside a model, each once."""
-    return [transform for transform in transforms_of(model) if isinstance(transform, Quantizer)]
-
-
-def facts_of(model):
-    """Return what a compressed model holds beside variables, as JSON-able data."""
-    return json_copy(
-        {
-            "progress": model.progress,
-            "quantizers": [_attributes(quantizer) for quantizer in quantizers_of(model)],
-            "config": model.config.to_dict(),
-            "plan": model.plan,
-        }
-    )
-
-
-def set_facts(model, facts):
-    """Give a compressed model what `facts_of` returned.
-
-    Returns:
-        Whether compiled functions have to be made anew.
-
-    Raises:
-        ValueError: it has another number of quantizers. Nothing has been changed then.
-    """
-    quantizers = quantizers_of(model)
-    if len(quantizers) != len(facts["quantizers"]):
-        raise ValueError(
-            f"Expected the state of a model with {len(quantizers)} quantizers, as '{model.name}' "
-            f"has. Received: that of one with {len(facts['quantizers'])}. Compress with the "
-            "configuration that the file was saved with."
-        )
-    before = [_attributes(quantizer) for quantizer in quantizers]
-    for quantizer, attributes in zip(quantizers, facts["quantizers"], strict=True):
-        for name in _attributes(quantizer):
-            setattr(quantizer, name, attributes[name])
-        if quantizer.calibrated:
-            quantizer.observer = None
-    model.progress.clear()
-    model.progress.update(json_copy(facts["progress"]))
-    if [each["bits"] for each in before] != [each["bits"] for each in facts["quantizers"]]:
-        held = model.get_config()["compression"]  # widths are in both
-        held.update(json_copy({part: facts[part] for part in ("config", "plan")}))
-    return before != [_attributes(quantizer) for quantizer in quantizers]
-
-
-def json_copy(data):
-    """Return a copy in lists, dictionaries and numbers of Python's own, as JSON gives it back."""
-    return json.loads(json.dumps(data, default=float))
-
-
-def _attributes(quantizer):
-    return {name: getattr(quantizer, name) for name in ATTRIBUTES if hasattr(quantizer, name)}
-
-
 def _size(model):
     """Return the bytes that a file of a model's weights and its optimizer's state has at least."""
     optimizer = getattr(model, "optimizer", None)
     variables = [*model.weights, *(optimizer.variables if optimizer is not None else ())]
     return sum(4 * math.prod(each.shape) for each in variables if each.dtype == "float32")
-
-
-def _seeds(model):
-    """Return the variables that are neither weights nor metrics: seeds of random layers."""
-    others = {id(variable) for variable in (*model.weights, *model.metrics_variables)}
-    return [variable for variable in model.variables if id(variable) not in others]
-
-
-def require_ready(model):
-    """Raise when a model still lacks what only training with the `Compress` callback gives."""
-    waiting = [quantizer.name for quantizer in quantizers_of(model) if not quantizer.calibrated]
-    if waiting:
-        raise ValueError(
-            f"Model '{model.name}' has {len(waiting)} quantizers without a range: it was "
-            "compressed without `data`. Train it with "
-            "`callbacks=[keras_compress.callbacks.Compress()]`, or call "
-            "`compress_model(model, config, data=...)`."
-        )

@@ -17,11 +17,11 @@ from rich.text import Text
 from keras_compress.algorithms import Binarization, FilterPruning
 from keras_compress.algorithms.weight_sparsity import WeightSparsity
 from keras_compress.compress import compress_model
-from keras_compress.compressed_model import require_ready
 from keras_compress.config import Config
 from keras_compress.graph.trace import trace
 from keras_compress.graph.walk import Role
 from keras_compress.metrics import check_mode
+from keras_compress.model_facts import require_ready
 from keras_compress.options import ConfigError
 from keras_compress.rendering import Rendered
 from keras_compress.training.judging import Judge, repeatable

@@ -9,9 +9,9 @@ from keras_compress.algorithms import FilterPruning, Quantization
 from keras_compress.algorithms.pruning_plan import kept_by_masks
 from keras_compress.algorithms.weight_sparsity import WeightSparsity
 from keras_compress.compressed_layer import CompressedLayer, is_weighted, layer_spec
-from keras_compress.compressed_model import quantizers_of
 from keras_compress.graph.walk import all_layers
 from keras_compress.layers import FakeQuantize
+from keras_compress.model_facts import quantizers_of
 from keras_compress.quantizers import FLOAT_BITS, Quantizer
 from keras_compress.stepping import algorithms_of
 

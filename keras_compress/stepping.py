@@ -5,7 +5,8 @@ import weakref
 
 from keras_compress.algorithms.base import Algorithm
 from keras_compress.algorithms.quantizer_options import StagedParams
-from keras_compress.compressed_model import CompressedModel, quantizers_of
+from keras_compress.compressed_model import CompressedModel
+from keras_compress.model_facts import quantizers_of
 
 _LOOPS = weakref.WeakKeyDictionary()  # model -> its `_Loop`, outside of what Keras tracks and saves
 

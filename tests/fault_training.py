@@ -12,7 +12,7 @@ import keras
 import numpy as np
 
 import keras_compress as kc
-from keras_compress.compressed_model import facts_of
+from keras_compress.model_facts import facts_of
 from keras_compress.training.checkpoints import variables_of
 from keras_compress.whole_files import replacing
 

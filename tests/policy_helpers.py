@@ -8,7 +8,7 @@ from backend_helpers import numpy
 from keras import layers
 
 import keras_compress as kc
-from keras_compress.compressed_model import transforms_of
+from keras_compress.model_facts import transforms_of
 
 BATCH, STEPS = 8, 6  # batches in an epoch
 X = np.random.default_rng(0).normal(size=(BATCH * STEPS, 6, 6, 1)).astype("float32")

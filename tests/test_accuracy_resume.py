@@ -147,12 +147,12 @@ def test_another_training_is_not_taken_up(original, tmp_path):
     fitted(compressed(original, MAGNITUDE, maximal_total_epochs=2), folder=tmp_path)
     before = (tmp_path / STATE).read_text()
     changes = {
-        "the configuration differs": (compressed(original, MAGNITUDE), {}),
-        "baseline differs": (
+        "differs in: configuration": (compressed(original, MAGNITUDE), {}),
+        "differs in: baseline": (
             compressed(original, MAGNITUDE, maximal_total_epochs=2),
             {"baseline": 0.5},
         ),
-        "seed differs": (compressed(original, MAGNITUDE, maximal_total_epochs=2), {"seed": 1}),
+        "differs in: seed": (compressed(original, MAGNITUDE, maximal_total_epochs=2), {"seed": 1}),
     }
     for message, (model, arguments) in changes.items():
         with pytest.raises(ValueError, match=message):

@@ -33,12 +33,15 @@ PRIVATE_NAMES = r"""
 LEVELS = [
     {"schedules", "sparsity_schedules", "importance", "sparsity", "bit_search", "metrics"}
     | {"options", "scopes", "ranges", "rendering", "replicas", "whole_files"},
+    {"records"},
     {"transforms", "fake_quantize", "quantizers", "binary_quantizers", "masks", "weight_masks"}
     | {"layer_specs", "accuracy_aware"},
     {"layers", "prunable_layers", "compressed_layer"},
     {"graph", "plan"},
     {"algorithms"},
     {"config", "data"},
+    {"model_facts"},
+    {"strip"},
     {"compressed_model", "teacher", "training.batch_norm", "training.legr", "training.compiled"},
     {"export", "report", "shrink", "plots"},
     {"training"},

@@ -18,7 +18,7 @@ from fault_training import BATCH, EPOCHS, data, digest
 
 import keras_compress as kc
 from keras_compress import whole_files
-from keras_compress.compressed_model import facts_of
+from keras_compress.model_facts import facts_of
 from keras_compress.training.backup import RECORD, Backup
 from keras_compress.training.checkpoints import variables_of
 from keras_compress.whole_files import ENDING, replacing, replacing_if_local
@@ -361,16 +361,16 @@ def test_backups_of_another_training_are_refused(tmp_path):
         verbose=False,
     )
     other.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    refused("where the shapes, the configuration differ.*Give another folder", model=other)
-    refused("where the callbacks differs", [keras.callbacks.ReduceLROnPlateau("loss")])
+    refused("which differs in: shapes, configuration. Give another folder", model=other)
+    refused("which differs in: callbacks", [keras.callbacks.ReduceLROnPlateau("loss")])
     for text in ("{", "[]", "{}", json.dumps({"run": {}})):
         (folder / RECORD).write_text(text)
-        refused("Expected a backup in .*remove this one to begin again")
+        refused("Expected the backup in .*remove this one to begin again")
     (folder / RECORD).write_text(record.replace('"version": 1', '"version": 2'))
-    refused("where the format differs")
+    refused("which differs in: format")
     (folder / RECORD).write_text(record)
     shutil.rmtree(next(folder.glob("backup_0*")))
-    refused("where the format differs")
+    refused("Expected a folder 'backup_0002' beside .*Received: none. Give another folder")
 
 
 def test_what_is_no_folder_and_no_callback_is_refused(tmp_path):

@@ -24,7 +24,7 @@ from policy_helpers import (
 )
 
 import keras_compress as kc
-from keras_compress.compressed_model import transforms_of
+from keras_compress.model_facts import transforms_of
 from keras_compress.training.compiled import batches_done, built_optimizer
 from keras_compress.training.learning_rate import LearningRate
 from keras_compress.training.one_training import OneTraining

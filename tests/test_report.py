@@ -11,8 +11,8 @@ from keras import layers
 
 import keras_compress as kc
 from keras_compress.algorithms.precision import PrecisionProblem
-from keras_compress.compressed_model import quantizers_of
 from keras_compress.graph.trace import trace
+from keras_compress.model_facts import quantizers_of
 from keras_compress.quantizers import AsymmetricQuantizer, SymmetricQuantizer
 
 CONFIG = {"compression": {"algorithm": "quantization"}}

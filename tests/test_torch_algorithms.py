@@ -35,7 +35,7 @@ from torch_training import (
 )
 
 import keras_compress.torch as kct
-from keras_compress.compressed_model import quantizers_of
+from keras_compress.model_facts import quantizers_of
 
 
 @pytest.fixture

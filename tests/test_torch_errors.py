@@ -23,7 +23,7 @@ from torch_training import (
 )
 
 import keras_compress.torch as kct
-from keras_compress.compressed_model import transforms_of
+from keras_compress.model_facts import transforms_of
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ import types
 
 import keras
 
-from keras_compress.compressed_model import strip
 from keras_compress.export.formats import write
+from keras_compress.strip import strip
 
 COMMAND = (
     "import json, sys; job = json.load(open(sys.argv[1])); sys.path[:] = job['search_path']; "

@@ -8,11 +8,11 @@ import numpy as np
 
 from keras_compress.binary_quantizers import BinaryActivations
 from keras_compress.compressed_layer import CompressedLayer
-from keras_compress.compressed_model import strip
 from keras_compress.graph.rebuild import deep_graphs, rebuild
 from keras_compress.graph.trace import trace
 from keras_compress.graph.walk import all_layers, unique_name
 from keras_compress.layers import FakeQuantize
+from keras_compress.strip import strip
 
 CODES = 256  # levels of the integer type that inference engines compute with
 # Slope of a step between two levels; a power of two, so that multiplying by it rounds nothing.

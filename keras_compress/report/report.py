@@ -12,14 +12,10 @@ from rich.table import Table
 
 from keras_compress.algorithms import FilterPruning
 from keras_compress.algorithms.pruning_plan import MaskedGraph
-from keras_compress.compressed_model import (
-    CompressedModel,
-    quantizers_of,
-    require_ready,
-    strip,
-)
+from keras_compress.compressed_model import CompressedModel
 from keras_compress.graph.trace import trace
 from keras_compress.layers import CompressedLayer, FakeQuantize
+from keras_compress.model_facts import quantizers_of, require_ready
 from keras_compress.plan import size_table
 from keras_compress.rendering import Rendered
 from keras_compress.report.figures import (
@@ -34,6 +30,7 @@ from keras_compress.report.figures import (
 )
 from keras_compress.report.layers import FLOAT_BYTES, LayerReport, layer_reports
 from keras_compress.report.page import checked_page_path, page
+from keras_compress.strip import strip
 from keras_compress.whole_files import replacing
 
 USUAL_COLUMNS = 8  # of the table of layers; with more, headers take two lines

@@ -7,15 +7,11 @@ import torch
 
 from keras_compress import compress
 from keras_compress.algorithms.base import Algorithm
-from keras_compress.compressed_model import (
-    STATISTICS,
-    CompressedModel,
-    quantizers_of,
-    transforms_of,
-)
+from keras_compress.compressed_model import CompressedModel
 from keras_compress.config import Config
 from keras_compress.layers import CompressedLayer
 from keras_compress.masks import ChannelMask
+from keras_compress.model_facts import STATISTICS, quantizers_of, transforms_of
 from keras_compress.options import ConfigError
 from keras_compress.report import report as keras_report
 from keras_compress.stepping import Stepper

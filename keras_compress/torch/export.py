@@ -10,13 +10,13 @@ import numpy as np
 import torch
 
 from keras_compress.algorithms.pruning_plan import MaskedGraph
-from keras_compress.compressed_model import require_ready
 from keras_compress.export.files import checked_target
 from keras_compress.export.onnx import rename_ports
 from keras_compress.export.onnx import use_integer_weights as use_integer_weights_in_onnx
 from keras_compress.export.openvino import fold_constants, name_layers, run_in_integers
 from keras_compress.export.saved_model import signature_names
 from keras_compress.export.verify import verify as verified
+from keras_compress.model_facts import require_ready
 from keras_compress.shrink import shrink as shrink_keras
 from keras_compress.shrink import variable_cuts
 from keras_compress.torch.attach import (

@@ -1,17 +1,15 @@
 """The callback that lets a training which was killed go on as if it had not been."""
 
-import json
 import pathlib
 import shutil
 
 import keras
 
-from keras_compress.compressed_model import json_copy, quantizers_of
-from keras_compress.whole_files import replacing
+from keras_compress.model_facts import quantizers_of
+from keras_compress.records import read_record, write_record
 
 RECORD = "backup.json"
 STATE = "backup_{:04d}"  # of the epochs that are done
-VERSION = 1
 # What Keras' callbacks and `ExportIR` go by in later epochs.
 NUMBERS = ("best", "best_epoch", "cooldown_counter", "wait")
 
@@ -109,25 +107,11 @@ class Backup(keras.callbacks.Callback):
 
     def _read(self):
         path = self.folder / RECORD
-        if not path.exists():
-            return None
-        advice = "Give another folder, or remove this one to begin again."
-        try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            found = {what: stored["run"].get(what) for what in self._run}
-            whole = stored["version"] == VERSION and (self.folder / stored["state"]).is_dir()
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        stored = read_record(path, self._run, ("state", "numbers"), "backup")
+        if stored is not None and not (self.folder / stored["state"]).is_dir():
             raise ValueError(
-                f"Expected a backup in '{path}'. Received: {type(error).__name__}: {error}. "
-                f"{advice}"
-            ) from None
-        expected = json_copy(self._run)
-        others = [what for what in expected if found[what] != expected[what]]
-        if others or not whole:
-            raise ValueError(
-                "Expected a folder that is empty or holds a backup of this training. Received: "
-                f"folder={str(self.folder)!r}, where the {', the '.join(others) or 'format'} "
-                f"differ{'' if len(others) > 1 else 's'}. {advice}"
+                f"Expected a folder '{stored['state']}' beside '{path}', which names it. Received: "
+                "none. Give another folder, or remove this one to begin again."
             )
         return stored
 
@@ -137,15 +121,8 @@ class Backup(keras.callbacks.Callback):
             return
         name = STATE.format(epochs_done)
         self._keras_backup(name).on_epoch_end(epochs_done - 1)
-        record = {
-            "version": VERSION,
-            "state": name,
-            "run": self._run,
-            "numbers": [_numbers(callback) for callback in self.callbacks],
-        }
-        with replacing(self.folder / RECORD) as temporary:
-            text = json.dumps(record, default=float, indent=1)
-            temporary.write_text(text + "\n", encoding="utf-8")
+        numbers = [_numbers(callback) for callback in self.callbacks]
+        write_record(self.folder / RECORD, self._run, {"state": name, "numbers": numbers})
         for path in self.folder.glob(STATE.format(0).replace("0000", "*")):
             if path.name != name:
                 shutil.rmtree(path)

@@ -8,12 +8,13 @@ import shutil
 import keras
 import numpy as np
 
-from keras_compress.compressed_model import facts_of, json_copy, set_facts
+from keras_compress.model_facts import facts_of, set_facts
+from keras_compress.records import json_copy, read_record, write_record
 from keras_compress.whole_files import replacing
 
 STATE = "accuracy_aware.json"
+KIND = "state of an accuracy-aware training"
 WEIGHTS = "accuracy_aware_{:04d}.npz"  # of an epoch
-VERSION = 1
 
 
 def variables_of(model):
@@ -61,8 +62,10 @@ class Checkpoints:
                 f"Expected a folder for the state of the training. Received: folder={str(folder)!r}"
             )
         self.run = json_copy(run)
-        self.facts = {}  # name of a file of weights -> what `facts_of` gave
-        self.stored = self._read()
+        keys = ("states", "record")
+        self.stored = read_record(self.folder / STATE, self.run, keys, KIND)
+        # Name of a file of weights -> what `facts_of` gave.
+        self.facts = {} if self.stored is None else self.stored["states"]
 
     @property
     def record(self):
@@ -73,27 +76,6 @@ class Checkpoints:
         """Make the folder, and remove what a process left that was ended."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._remove_stale()
-
-    def _read(self):
-        path = self.folder / STATE
-        if not path.exists():
-            return None
-        try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            found, self.facts = stored["run"], stored["states"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"Expected the state of an accuracy-aware training in '{path}'. Received: "
-                f"{type(error).__name__}: {error}. Remove the folder to begin again."
-            ) from None
-        others = [what for what in self.run if found.get(what) != self.run[what]]
-        if stored.get("version") != VERSION or others:
-            raise ValueError(
-                f"Expected a folder that is empty or holds the state of this training. Received: "
-                f"folder={str(self.folder)!r}, where {', '.join(others) or 'the format'} differs. "
-                "Give another folder, or remove this one to begin again."
-            )
-        return stored
 
     def write(self, model, name, keep, record):
         """Write the state after an epoch.
@@ -108,10 +90,7 @@ class Checkpoints:
             write_weights(self.folder / name, model)
             self.facts[name] = facts_of(model)
         self.facts = {each: self.facts[each] for each in (*keep, name) if each is not None}
-        state = {"version": VERSION, "run": self.run, "states": self.facts, "record": record}
-        text = json.dumps(state, default=float, indent=1)
-        with replacing(self.folder / STATE) as temporary:
-            temporary.write_text(text + "\n", encoding="utf-8")
+        write_record(self.folder / STATE, self.run, {"states": self.facts, "record": record})
         self._remove_stale()
 
     def restore(self, model, name):

@@ -7,12 +7,13 @@ import tempfile
 import numpy as np
 
 from keras_compress.algorithms.pruning_plan import HIGHEST_LEVEL, set_masks
-from keras_compress.compressed_model import CompressedModel, strip
+from keras_compress.compressed_model import CompressedModel
 from keras_compress.export import benchmark, export
 from keras_compress.export.layer_times import layer_times
 from keras_compress.graph.rebuild import rebuild
 from keras_compress.graph.trace import trace
 from keras_compress.options import ConfigError
+from keras_compress.strip import strip
 
 TABLE_LEVELS = (0.0, 0.25, 0.5, 0.75)
 TOLERANCE = 0.02  # of the latency asked for
