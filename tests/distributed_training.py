@@ -53,6 +53,7 @@ CASES = {  # name -> (algorithms, whether calibration data are given)
     "drawn": ([{"algorithm": "rb_sparsity", "params": SPARSITY}, QUANTIZATION], True),
     "taylor": ([TAYLOR, QUANTIZATION], True),
     "shrunk": (MASKED, True),
+    "resumed": (MASKED, True),
     "batch norm": (MASKED, True),
 }
 
@@ -103,11 +104,33 @@ def shrunk(model, scope):
     return small
 
 
-def fit(model):
+def fit(model, *others):
     """Train a model by `fit`; returns what is logged."""
-    callbacks = [kc.callbacks.Compress(), kc.callbacks.Statistics()]
+    callbacks = [kc.callbacks.Compress(), kc.callbacks.Statistics(), *others]
     options = {"batch_size": BATCH, "shuffle": False, "verbose": 0, "callbacks": callbacks}
     return model.fit(*data(), epochs=EPOCHS, **options).history
+
+
+class Ends(keras.callbacks.Callback):
+    """Ends a training in the midst of its third epoch."""
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
+
+    def on_train_batch_end(self, batch, logs=None):
+        if (self.epoch, batch) == (2, 1):
+            raise KeyboardInterrupt
+
+
+def resumed(scope, folder):
+    """Train by `fit`, which ends too early, and go on with another model; returns that."""
+    models = [compressed("resumed", scope()) for _ in range(2)]  # ends the session, with its scope
+    with contextlib.nullcontext() if ENGINE == "mirrored" else scope():
+        with contextlib.suppress(KeyboardInterrupt):
+            fit(models[0], Ends(), kc.callbacks.Backup(folder))
+        logged = fit(models[1], kc.callbacks.Backup(folder))
+    assert len(logged["loss"]) == EPOCHS - 2
+    return models[1], logged
 
 
 def loop(model, strategy):
@@ -191,8 +214,11 @@ def run(case, folder, strategy, scope):
         alone = shrunk(alone, contextlib.nullcontext())
     model = compressed(case, scope())
     start = arrays_of(model)
+    if case == "resumed":
+        model, history = resumed(scope, folder / "backup")
     with contextlib.nullcontext() if strategy else scope():
-        history = loop(model, strategy) if stepwise else fit(model)
+        if case != "resumed":
+            history = loop(model, strategy) if stepwise else fit(model)
         if case == "shrunk":
             model = shrunk(model, scope())
         # After `fit`, outside of any scope that it would need.
@@ -225,6 +251,31 @@ def run(case, folder, strategy, scope):
     (folder / f"{case}.json").write_text(json.dumps(written))
 
 
+def refused(scope):
+    """Return the errors of what an engine of TensorFlow cannot do, {what: message}."""
+    model = compressed("masked", scope())
+    latency = PRUNING | {"pruning_latency_target": 0.3}
+    del latency["pruning_target"]
+    search = {"compression": {"algorithm": "filter_pruning", "params": latency}}
+
+    def searching():
+        with scope():
+            kc.compress_model(network(), search, verbose=False)
+
+    attempts = {
+        "fit": lambda: fit(model),
+        "shrink": lambda: kc.callbacks.Compress(shrink=True).set_model(model),
+        "search": searching,
+    }
+    messages = {}
+    for what in ["fit", "search"] if WORKER else ["shrink"]:
+        try:
+            attempts[what]()
+        except ValueError as error:
+            messages[what] = str(error)
+    return messages | {"steps": int(ops.convert_to_numpy(model.optimizer.iterations))}
+
+
 def main():
     folder = pathlib.Path(sys.argv[2])
     if WORKER:
@@ -233,6 +284,8 @@ def main():
     strategy, scope = engine()
     for case in sys.argv[3:]:
         run(case, folder, strategy, scope)
+    if strategy is not None:
+        (folder / "refused.json").write_text(json.dumps(refused(scope)))
 
 
 if __name__ == "__main__":

@@ -8,18 +8,18 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
+import signal
 import socket
 import subprocess
 import sys
 
-import keras
 import numpy as np
 import openvino as ov
 import pytest
 from backend_helpers import BACKEND
 from example_helpers import EXAMPLES
 
-import keras_compress as kc
 from keras_compress.export.verify import compile_on_cpu
 
 if BACKEND != "tensorflow":
@@ -27,10 +27,10 @@ if BACKEND != "tensorflow":
 
 TESTS = pathlib.Path(__file__).resolve().parent
 CASES = {
-    "mirrored": ["masked", "first batches", "drawn", "taylor", "shrunk", "batch norm"],
+    "mirrored": ["masked", "first batches", "drawn", "taylor", "shrunk", "resumed", "batch norm"],
     "multi-worker": ["masked", "first batches", "drawn", "taylor"],
-    "data-parallel": ["masked", "first batches"],
-    "model-parallel": ["masked", "drawn"],
+    "data-parallel": ["masked", "first batches", "resumed"],
+    "model-parallel": ["masked", "drawn", "resumed"],
 }
 ENGINES = list(CASES)
 EVERY_CASE = [(engine, case) for engine, cases in CASES.items() for case in cases]
@@ -38,26 +38,37 @@ every_case = pytest.mark.parametrize(("engine", "case"), EVERY_CASE)
 STEPS, EPOCHS = 16, 4  # in all
 
 
-def started(arguments, folder, number):
-    """Start the program; returns the process and the file with what it says."""
+def started(arguments, folder, number, program="distributed_training.py"):
+    """Start a program; returns the process and the file with what it says."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     folders = [str(TESTS.parent), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
     said = folder / f"said{number}.txt"
-    command = [sys.executable, str(TESTS / "distributed_training.py"), *arguments]
+    command = [sys.executable, str(TESTS / program), *arguments]
     with said.open("w") as file:
         process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
     return process, said
 
 
-def finished(processes):
-    """Wait for processes, which must end well."""
+def ended(processes):
+    """Wait for processes; returns the exit code of each."""
     try:
-        codes = [process.wait(timeout=400) for process, _ in processes]
+        return [process.wait(timeout=400) for process, _ in processes]
     finally:
         for process, _ in processes:
             process.kill()
+
+
+def finished(processes):
+    """Wait for processes, which must end well."""
+    codes = ended(processes)
     assert not any(codes), "\n".join(said.read_text()[-3000:] for _, said in processes)
+
+
+def workers():
+    """Return the names of two workers that know each other."""
+    ports = ":".join(map(str, free_ports(2)))
+    return [f"multi-worker:{rank}:{ports}" for rank in (0, 1)]
 
 
 def free_ports(count):
@@ -81,10 +92,7 @@ def folder_of(tmp_path_factory):
         if engine.endswith("parallel") and importlib.util.find_spec("jax") is None:
             pytest.skip("jax is not installed: `pip install keras-compress[jax]`")
         folder = tmp_path_factory.mktemp(engine)
-        names = [engine]
-        if engine == "multi-worker":
-            ports = ":".join(map(str, free_ports(2)))
-            names = [f"{engine}:{rank}:{ports}" for rank in (0, 1)]
+        names = workers() if engine == "multi-worker" else [engine]
         finished(
             [
                 started([name, str(folder), *CASES[engine]], folder, number)
@@ -161,7 +169,15 @@ def test_progress_and_statistics_are_those_of_one_device(engine, case, folder_of
             continue
         assert actual["history"].keys() == expected["history"].keys()
         for key, values in expected["history"].items():
-            np.testing.assert_allclose(actual["history"][key], values, 1e-4, 1e-6, err_msg=key)
+            last = values[-len(actual["history"][key]) :]  # of a resumed training
+            np.testing.assert_allclose(actual["history"][key], last, 1e-4, 1e-6, err_msg=key)
+
+
+@pytest.mark.parametrize("engine", [name for name, cases in CASES.items() if "resumed" in cases])
+def test_a_resumed_training_ends_bitwise_as_the_other(engine, folder_of):
+    (folder,) = folder_of(engine)
+    once, resumed = (arrays(folder, case, "actual") for case in ("masked", "resumed"))
+    assert not any(differences(resumed, once).values())
 
 
 @pytest.mark.parametrize(
@@ -240,41 +256,43 @@ def test_weights_of_inner_models_lie_as_before(folder_of):
     assert not any(placed["inner-inside/bias"])
 
 
-def quantized():
-    """Return a tiny compressed model, compiled."""
-    inputs = keras.Input((3,))
-    config = {"compression": {"algorithm": "quantization"}}
-    plain = keras.Model(inputs, keras.layers.Dense(2, name="dense")(inputs))
-    model = kc.compress_model(plain, config, data=np.ones((4, 3), "float32"), verbose=False)
-    model.compile("sgd", "mse")
-    return model
+def test_a_lost_worker_ends_the_others_and_all_go_on_from_the_last_epoch(tmp_path):
+    """The second is killed in the third of four epochs; the training then ends as one without."""
+
+    def both(name, *last_step):
+        (tmp_path / name).mkdir(exist_ok=True)
+        return [
+            started([worker, str(tmp_path / name), *last_step], tmp_path, number, "lost_worker.py")
+            for number, worker in enumerate(workers())
+        ]
+
+    finished(both("undisturbed"))
+    processes = both("disturbed", "10")
+    first, second = ended(processes)
+    assert second == -signal.SIGKILL and first > 0  # which is told, and does not wait for ever
+    assert "UnavailableError" in processes[0][1].read_text()
+    assert [path.name for path in (tmp_path / "disturbed").iterdir()] == ["model.weights.h5"]
+    finished(both("disturbed"))
+    with np.load(tmp_path / "undisturbed" / "end0.npz") as expected:
+        assert not expected["second/channel_mask_4/mask_1"].all()
+        for rank in (0, 1):
+            with np.load(tmp_path / "disturbed" / f"end{rank}.npz") as actual:
+                assert not any(differences(actual, expected).values())
 
 
-def test_fit_is_refused_with_several_workers(monkeypatch):
+def test_fit_and_searches_are_refused_with_several_workers(folder_of):
     """Keras' own `fit` fails there; the error says what to write instead."""
-    model = quantized()
-    monkeypatch.setattr("keras_compress.compressed_model.is_one_of_many_workers", lambda: True)
-    with pytest.raises(ValueError, match=r"Expected a training loop of your own.*`fit` of model"):
-        model.fit(np.ones((4, 3)), np.ones((4, 2)))
-    assert int(model.optimizer.iterations) == 0
+    for folder in folder_of("multi-worker"):
+        found = told(folder, "refused")
+        assert re.search(r"Expected a training loop of your own.*`fit` of model", found["fit"])
+        assert re.search(r"without a search.*filter_pruning.*load_model", found["search"])
+        assert found["steps"] == 0
 
 
-def test_shrinking_within_fit_is_refused_with_several_replicas(monkeypatch):
-    callback = kc.callbacks.Compress(shrink=True)
-    monkeypatch.setattr("keras_compress.callbacks.has_several_replicas", lambda model: True)
-    with pytest.raises(ValueError, match=r"Expected `shrink=False`.*Between two calls of `fit`"):
-        callback.set_model(quantized())
-
-
-def test_a_search_is_refused_with_several_workers(monkeypatch):
-
-    inputs = keras.Input((8, 8, 3))
-    plain = keras.Model(inputs, keras.layers.Conv2D(8, 3, name="conv")(inputs))
-    params = {"pruning_latency_target": 0.3, "prune_first_conv": True}
-    config = {"compression": {"algorithm": "filter_pruning", "params": params}}
-    monkeypatch.setattr("keras_compress.compress.is_one_of_many_workers", lambda: True)
-    with pytest.raises(ValueError, match=r"without a search.*filter_pruning.*load_model"):
-        kc.compress_model(plain, config, verbose=False)
+def test_shrinking_within_fit_is_refused_with_several_replicas(folder_of):
+    (folder,) = folder_of("mirrored")
+    found = told(folder, "refused")
+    assert re.search(r"Expected `shrink=False`.*Between two calls of `fit`", found["shrink"])
 
 
 def test_the_example_says_how_far_apart_they_end():

@@ -11,10 +11,11 @@ from keras_compress.compressed_model import CompressedModel
 from keras_compress.config import Config
 from keras_compress.layers import CompressedLayer
 from keras_compress.masks import ChannelMask
-from keras_compress.model_facts import STATISTICS, quantizers_of, transforms_of
+from keras_compress.model_facts import quantizers_of, transforms_of
 from keras_compress.options import ConfigError
 from keras_compress.report import report as keras_report
 from keras_compress.stepping import Stepper
+from keras_compress.strip import STATISTICS
 from keras_compress.torch.attach import FLAGS, Shadow
 from keras_compress.torch.convert import convert
 from keras_compress.torch.export import compressed
