@@ -94,10 +94,10 @@ def memory_of(network, variant):
 
 
 def main(blocks: int = 15, steps: int = 4, threads: int = 0):
-    """Measure and print."""
-    import tensorflow as tf
-
+    """Measure and print, on the backend that `KERAS_BACKEND` names; `threads` is TensorFlow's."""
     if threads:
+        import tensorflow as tf
+
         tf.config.threading.set_intra_op_parallelism_threads(threads)
         tf.config.threading.set_inter_op_parallelism_threads(threads)
     table = Table("network", "training", "CPU time", "wall time", "peak memory")
