@@ -428,6 +428,8 @@ def judged(error, case):
     tree = case.tree if case.text is None else None
     for problem in error.problems:
         quoted = set(re.findall(r"(?<=`)\w+(?=`)|\b\w{1,50}(?==)", problem.message))
+        place = re.match(r"[\w.\[\]]+(?=: )", problem.message)  # sparse_structure[1].target_scopes
+        quoted |= set(re.findall(r"\w+", place[0] if place else ""))
         said = set(re.findall(r"\w+", problem.message)) & case.touched
         named = quoted & set(WORDS) or said - {"compression", "algorithm"}
         named = named or leads_to_a_key(problem.path, tree, problem.message)
