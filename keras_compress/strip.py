@@ -23,14 +23,15 @@ def strip(model, like=None):
 
     Channels that masks switch off are taken out of every layer that they touch; the output stays
     that of the compressed model, up to the order of sums. Without masks it is equal at inference
-    bit for bit. Only `keras.*` layers and `FakeQuantize` remain, the user's layers that were kept
-    whole, and `Parameter` and `BatchSized` layers of those that were taken apart.
+    bit for bit; on torch up to the order of sums, where weights lie in memory by columns. Only
+    `keras.*` layers and `FakeQuantize` remain, the user's layers that were kept whole, and
+    `Parameter` and `BatchSized` layers of those that were taken apart.
 
     With `like`, the result is a copy of that model instead, of its own classes and nesting, which
     holds the same rounded weights and batch-norm statistics, and zeros where filters were pruned:
-    shapes stay. Activation quantizers have no place
-    in it and are left out: its output is the stripped model's up to the rounding of activations,
-    and up to the order of float operations where only weights are quantized.
+    shapes stay. Activation quantizers have no place in it and are left out: its output is the
+    stripped model's up to the rounding of activations, and up to the order of float operations
+    where only weights are quantized.
 
     Args:
         model: a compressed model, or any model that holds compressed layers.

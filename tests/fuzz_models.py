@@ -221,7 +221,9 @@ class Course:
         self.stage = "strip"
         plain = kc.strip(model)
         pruned = any(each.name == "filter_pruning" for each in model.config.algorithms)
-        self.compare(model, trained, plain, CLOSE if pruned else 0.0)
+        # torch sums in another order where a weight lies in memory by columns.
+        exact = not pruned and keras.backend.backend() != "torch"
+        self.compare(model, trained, plain, 0.0 if exact else CLOSE)
         if pruned:
             self.stage = "shrink"
             self.compare(model, trained, kc.shrink(model), CLOSE)
