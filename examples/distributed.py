@@ -90,14 +90,9 @@ def fit(model, data, epochs):
 
 
 # --8<-- [start:loop]
-def train_by_hand(model, strategy, batches, steps_per_epoch):
-    """Trains without `fit`, which Keras 3 lacks for `MultiWorkerMirroredStrategy`.
-
-    `batches` is a distributed dataset of pairs. Returns the loss of every step.
-    """
+def step_by_hand(model, strategy):
+    """Returns a function of a distributed batch that trains on it and returns the loss."""
     import tensorflow as tf
-
-    import keras_compress as kc
 
     def of_one_replica(x, y):
         with tf.GradientTape() as tape:
@@ -110,6 +105,19 @@ def train_by_hand(model, strategy, batches, steps_per_epoch):
         losses = strategy.run(of_one_replica, args=(x, y))
         return strategy.reduce(tf.distribute.ReduceOp.SUM, losses, axis=None)
 
+    return train_step
+
+
+def train_by_hand(model, strategy, batches, steps_per_epoch):
+    """Trains without `fit`, which Keras 3 lacks for `MultiWorkerMirroredStrategy`.
+
+    `batches` is a distributed dataset of pairs. Returns the loss of every step.
+    """
+    import tensorflow as tf
+
+    import keras_compress as kc
+
+    train_step = step_by_hand(model, strategy)
     compiled_step = tf.function(train_step)
     history = []
     with strategy.scope():

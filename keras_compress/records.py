@@ -5,6 +5,7 @@ import json
 from keras_compress.whole_files import replacing
 
 VERSION = 1
+ADVICE = "Give another folder, or remove this one to begin again."
 
 
 def json_copy(data):
@@ -40,7 +41,6 @@ def read_record(path, run, keys, what):
     """
     if not path.exists():
         return None
-    advice = "Give another folder, or remove this one to begin again."
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         version, found = stored["version"], stored["run"]
@@ -49,13 +49,13 @@ def read_record(path, run, keys, what):
         differing = [each for each in expected if found.get(each) != expected[each]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"Expected the {what} in '{path}'. Received: {type(error).__name__}: {error}. {advice}"
+            f"Expected the {what} in '{path}'. Received: {type(error).__name__}: {error}. {ADVICE}"
         ) from None
     if version != VERSION or missing:
         differing = ["format"]
     if differing:
         raise ValueError(
             f"Expected a folder that is empty or holds the {what} of this run. Received: "
-            f"folder='{path.parent}', which differs in: {', '.join(differing)}. {advice}"
+            f"folder='{path.parent}', which differs in: {', '.join(differing)}. {ADVICE}"
         )
     return stored

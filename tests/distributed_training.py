@@ -122,17 +122,6 @@ class Ends(keras.callbacks.Callback):
             raise KeyboardInterrupt
 
 
-def resumed(scope, folder):
-    """Train by `fit`, which ends too early, and go on with another model; returns that."""
-    models = [compressed("resumed", scope()) for _ in range(2)]  # ends the session, with its scope
-    with contextlib.nullcontext() if ENGINE == "mirrored" else scope():
-        with contextlib.suppress(KeyboardInterrupt):
-            fit(models[0], Ends(), kc.callbacks.Backup(folder))
-        logged = fit(models[1], kc.callbacks.Backup(folder))
-    assert len(logged["loss"]) == EPOCHS - 2
-    return models[1], logged
-
-
 def loop(model, strategy):
     """Train a model by the example's loop; returns the losses."""
     import distributed  # the example
@@ -212,13 +201,16 @@ def run(case, folder, strategy, scope):
     expected = fit(alone)
     if case == "shrunk":
         alone = shrunk(alone, contextlib.nullcontext())
+    others = [kc.callbacks.Backup(folder / "backup")] if case == "resumed" else []
+    if case == "resumed":
+        ended = compressed(case, scope())
+        entered = contextlib.nullcontext() if strategy else scope()
+        with entered, contextlib.suppress(KeyboardInterrupt):
+            fit(ended, Ends(), *others)
     model = compressed(case, scope())
     start = arrays_of(model)
-    if case == "resumed":
-        model, history = resumed(scope, folder / "backup")
     with contextlib.nullcontext() if strategy else scope():
-        if case != "resumed":
-            history = loop(model, strategy) if stepwise else fit(model)
+        history = loop(model, strategy) if stepwise else fit(model, *others)
         if case == "shrunk":
             model = shrunk(model, scope())
         # After `fit`, outside of any scope that it would need.
@@ -254,23 +246,21 @@ def run(case, folder, strategy, scope):
 def refused(scope):
     """Return the errors of what an engine of TensorFlow cannot do, {what: message}."""
     model = compressed("masked", scope())
-    latency = PRUNING | {"pruning_latency_target": 0.3}
-    del latency["pruning_target"]
-    search = {"compression": {"algorithm": "filter_pruning", "params": latency}}
+    params = {"pruning_latency_target": 0.3, "prune_first_conv": True}
+    search = {"compression": {"algorithm": "filter_pruning", "params": params}}
 
     def searching():
         with scope():
             kc.compress_model(network(), search, verbose=False)
 
-    attempts = {
-        "fit": lambda: fit(model),
-        "shrink": lambda: kc.callbacks.Compress(shrink=True).set_model(model),
-        "search": searching,
-    }
+    if WORKER:
+        attempts = {"fit": lambda: fit(model), "search": searching}
+    else:
+        attempts = {"shrink": lambda: kc.callbacks.Compress(shrink=True).set_model(model)}
     messages = {}
-    for what in ["fit", "search"] if WORKER else ["shrink"]:
+    for what, attempt in attempts.items():
         try:
-            attempts[what]()
+            attempt()
         except ValueError as error:
             messages[what] = str(error)
     return messages | {"steps": int(ops.convert_to_numpy(model.optimizer.iterations))}

@@ -11,7 +11,9 @@ import pathlib
 import signal
 import sys
 
-import distributed_training as training  # first: it reads the first argument
+import distributed_training as training  # first: it reads the first argument, and finds examples
+
+import distributed  # isort: skip  (the example)
 import numpy as np
 import tensorflow as tf
 from keras import ops
@@ -36,7 +38,7 @@ def main():
             model.load_weights(saved)
     step = int(ops.convert_to_numpy(model.optimizer.iterations))
     # --8<-- [end:resume]
-    train_step = compiled_step(model, strategy)
+    train_step = tf.function(distributed.step_by_hand(model, strategy))
     while step < training.EPOCHS * training.STEPS:
         with strategy.scope():
             for x, y in batches:
@@ -51,20 +53,6 @@ def main():
         # --8<-- [end:save]
     kc.finish(model, step)
     np.savez(FOLDER / f"end{RANK}.npz", **training.arrays_of(model))
-
-
-def compiled_step(model, strategy):
-    def of_one_replica(x, y):
-        with tf.GradientTape() as tape:
-            loss = model.compute_loss(x, y, model(x, training=True))
-        gradients = tape.gradient(loss, model.trainable_variables)
-        model.optimizer.apply(gradients, model.trainable_variables)
-
-    @tf.function
-    def train_step(x, y):
-        strategy.run(of_one_replica, args=(x, y))
-
-    return train_step
 
 
 if __name__ == "__main__":

@@ -178,6 +178,7 @@ def test_a_resumed_training_ends_bitwise_as_the_other(engine, folder_of):
     (folder,) = folder_of(engine)
     once, resumed = (arrays(folder, case, "actual") for case in ("masked", "resumed"))
     assert not any(differences(resumed, once).values())
+    assert len(told(folder, "resumed")["actual"]["history"]["loss"]) == EPOCHS - 2
 
 
 @pytest.mark.parametrize(

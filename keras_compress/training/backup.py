@@ -6,7 +6,7 @@ import shutil
 import keras
 
 from keras_compress.model_facts import quantizers_of
-from keras_compress.records import read_record, write_record
+from keras_compress.records import ADVICE, read_record, write_record
 
 RECORD = "backup.json"
 STATE = "backup_{:04d}"  # of the epochs that are done
@@ -111,7 +111,7 @@ class Backup(keras.callbacks.Callback):
         if stored is not None and not (self.folder / stored["state"]).is_dir():
             raise ValueError(
                 f"Expected a folder '{stored['state']}' beside '{path}', which names it. Received: "
-                "none. Give another folder, or remove this one to begin again."
+                f"none. {ADVICE}"
             )
         return stored
 

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 
 from keras_compress.model_facts import facts_of, set_facts
-from keras_compress.records import json_copy, read_record, write_record
+from keras_compress.records import read_record, write_record
 from keras_compress.whole_files import replacing
 
 STATE = "accuracy_aware.json"
@@ -61,7 +61,7 @@ class Checkpoints:
             raise NotADirectoryError(
                 f"Expected a folder for the state of the training. Received: folder={str(folder)!r}"
             )
-        self.run = json_copy(run)
+        self.run = run
         keys = ("states", "record")
         self.stored = read_record(self.folder / STATE, self.run, keys, KIND)
         # Name of a file of weights -> what `facts_of` gave.
